@@ -1,0 +1,17 @@
+"""Functions of symmetric matrices that are given by an orthonormal basis and eigenvalues."""
+
+from __future__ import annotations
+
+
+def apply_spectral(ops, basis, eigenvalues, g, u):
+    """g(D) u for D = basis diag(eigenvalues) basis', cone by cone.
+
+    Args:
+        basis: eigenvectors in columns (B, c, d, d).
+        eigenvalues: (B, c, d).
+        g: elementwise, called once with eigenvalues (B, c * d).
+        u: (B, c, k, d) or (1, c, k, d).
+    """
+    batch, count, d = eigenvalues.shape
+    values = g(ops.reshape(eigenvalues, (batch, count * d)))
+    return (u @ basis * ops.reshape(values, (-1, count, 1, d))) @ basis.mT

@@ -1,0 +1,230 @@
+"""The product cone of a program: projection, its derivative and its margin, block by block.
+
+Shapes: v (B, m) with m = `cones.rows`; k columns of an operand; c equal cones of d rows in a block. Every
+cone family of this package has, for points (B, c, d) of c equal cones,
+
+    rows                                d
+    shapes(count)                       shapes of the arrays of a linearisation without the batch axis
+    project(ops, v)                     Pi_K(v)
+    linearize(ops, v)                   spectral data of D = dPi_K(v)
+    spectral(ops, lin, g, u)            g(D) u for u (B, c, k, d)
+    project_linearized(ops, lin, v, order)   Pi_K(v) near the point of `lin`, differentiable
+
+On a kink of the projection D is the smallest of its choices: the constraint counts as active.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..ops import Array, Ops
+from .exponential import Exponential
+from .orthant import Orthant
+from .second_order import SecondOrder
+from .semidefinite import Semidefinite
+
+Linearization = tuple[tuple[Array, ...], ...]
+
+
+@dataclass(frozen=True)
+class Cones:
+    """The product cone K of a program, block by block in row order.
+
+    Attributes:
+        zero: rows s = 0.
+        nonneg: rows s >= 0.
+        soc: sizes of the second-order cones {(t, w): |w| <= t}.
+        psd: orders k of the semidefinite cones, k (k + 1) / 2 rows each: the upper triangle column by
+            column, off-diagonal entries times sqrt(2).
+        exp: number of exponential cones, closure of {(x, y, z): y exp(x / y) <= z, y > 0}, 3 rows each.
+        pow: exponents of the power cones; a tuple of k positive weights of sum 1 stands for
+            {(w, z): prod w_i ** weights_i >= |z|, w >= 0}, k + 1 rows; the three-dimensional cone with
+            exponent a is (a, 1 - a).
+    """
+
+    zero: int = 0
+    nonneg: int = 0
+    soc: tuple[int, ...] = ()
+    psd: tuple[int, ...] = ()
+    exp: int = 0
+    pow: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return (
+            self.zero
+            + self.nonneg
+            + sum(self.soc)
+            + sum(k * (k + 1) // 2 for k in self.psd)
+            + 3 * self.exp
+            + sum(len(weights) + 1 for weights in self.pow)
+        )
+
+
+class _Block(NamedTuple):
+    """`count` cones that are computed together, and the first row of each."""
+
+    cone: Any
+    count: int
+    starts: tuple[int, ...]
+
+    @property
+    def rows(self) -> list[int]:
+        return [start + i for start in self.starts for i in range(self.cone.rows)]
+
+
+def _blocks(cones: Cones) -> list[_Block]:
+    """The cones of a program, those of one family and size together."""
+    singles: list[Any] = [Orthant(cones.zero, cones.nonneg)] if cones.zero + cones.nonneg else []
+    singles += [SecondOrder(size) for size in cones.soc]
+    singles += [Semidefinite(order) for order in cones.psd]
+    singles += [Exponential()] * cones.exp
+    starts = [0, *itertools.accumulate(cone.rows for cone in singles)]
+    blocks = []
+    for cone in dict.fromkeys(singles):
+        chosen = tuple(start for start, other in zip(starts, singles, strict=False) if other == cone)
+        blocks.append(_Block(cone, len(chosen), chosen))
+    return blocks
+
+
+def _split(ops: Ops, blocks: Sequence[_Block], v: Array) -> list[Array]:
+    """Points (B, c, d) of each block in v (B, m)."""
+    parts = []
+    for block in blocks:
+        rows = block.rows
+        contiguous = rows[-1] - rows[0] + 1 == len(rows)
+        part = v[:, rows[0] : rows[-1] + 1] if contiguous else ops.take(v, ops.constant(np.array(rows), v))
+        parts.append(ops.reshape(part, (v.shape[0], block.count, block.cone.rows)))
+    return parts
+
+
+def _split_columns(ops: Ops, blocks: Sequence[_Block], u: Array) -> list[Array]:
+    """Operands (B, c, k, d) of each block in u (B, m, k)."""
+    parts = []
+    for block in blocks:
+        rows = block.rows
+        if rows[-1] - rows[0] + 1 == len(rows):
+            part = u[:, rows[0] : rows[-1] + 1]
+        else:
+            part = ops.take(u.mT, ops.constant(np.array(rows), u)).mT
+        parts.append(ops.reshape(part, (u.shape[0], block.count, block.cone.rows, u.shape[-1])).mT)
+    return parts
+
+
+def _join(ops: Ops, blocks: Sequence[_Block], parts: Sequence[Array]) -> Array:
+    """The inverse of `_split`."""
+    flat = [ops.reshape(part, (part.shape[0], part.shape[1] * part.shape[2])) for part in parts]
+    joined = ops.concat(flat, axis=-1) if len(flat) > 1 else flat[0]
+    order = _original_order(blocks)
+    return joined if order is None else ops.take(joined, ops.constant(order, joined))
+
+
+def _join_columns(ops: Ops, blocks: Sequence[_Block], parts: Sequence[Array]) -> Array:
+    """The inverse of `_split_columns`."""
+    flat = [ops.reshape(part.mT, (part.shape[0], -1, part.shape[2])) for part in parts]
+    joined = ops.concat(flat, axis=-2) if len(flat) > 1 else flat[0]
+    order = _original_order(blocks)
+    return joined if order is None else ops.take(joined.mT, ops.constant(order, joined)).mT
+
+
+def _original_order(blocks: Sequence[_Block]) -> np.ndarray | None:
+    """Where each row stands among the rows of the blocks; None if they are in order."""
+    rows = [row for block in blocks for row in block.rows]
+    return None if rows == sorted(rows) else np.argsort(np.array(rows))
+
+
+def project(ops: Ops, cones: Cones, v: Array) -> Array:
+    """Pi_K(v), (B, m). Not to be differentiated: see `project_linearized`."""
+    blocks = _blocks(cones)
+    if not blocks:
+        return v
+    return _join(
+        ops, blocks, [b.cone.project(ops, x) for b, x in zip(blocks, _split(ops, blocks, v), strict=True)]
+    )
+
+
+def linearize(ops: Ops, cones: Cones, v: Array) -> Linearization:
+    """Spectral data of D = dPi_K(v), an element of the generalised Jacobian: arrays with B in front."""
+    blocks = _blocks(cones)
+    return tuple(b.cone.linearize(ops, x) for b, x in zip(blocks, _split(ops, blocks, v), strict=True))
+
+
+def linearization_shapes(cones: Cones, batch: int) -> list[tuple[tuple[int, ...], str]]:
+    """Shape and kind ("float") of each array of `flatten(linearize(ops, cones, v))`."""
+    return [((batch, *shape), "float") for b in _blocks(cones) for shape in b.cone.shapes(b.count)]
+
+
+def flatten(linearization: Linearization) -> list[Array]:
+    """The arrays of a linearisation, in the order of `linearization_shapes`."""
+    return [array for block in linearization for array in block]
+
+
+def unflatten(cones: Cones, arrays: Sequence[Array]) -> Linearization:
+    """The inverse of `flatten`."""
+    rest = iter(arrays)
+    return tuple(tuple(next(rest) for _ in b.cone.shapes(b.count)) for b in _blocks(cones))
+
+
+def spectral(
+    ops: Ops,
+    cones: Cones,
+    linearization: Linearization,
+    g: Callable[[Array], Array],
+    u: Array,
+    columns: bool = False,
+) -> Array:
+    """g(D) u for a function g of the eigenvalues of the symmetric matrix D.
+
+    Args:
+        linearization: from `linearize`.
+        g: elementwise; called once per block with eigenvalues (B, anything), so that it may hold factors
+            of shape (B, 1).
+        u: (B, m); with `columns` (B, m, k), or (m, k) shared by the batch.
+        columns: `u` is a matrix.
+
+    Returns:
+        (B, m), or (B, m, k).
+    """
+    blocks = _blocks(cones)
+    if not blocks:
+        return u
+    if not columns:
+        u = u[..., None]
+    elif u.ndim == 2:
+        u = u[None]
+    args = zip(blocks, linearization, _split_columns(ops, blocks, u), strict=True)
+    product = _join_columns(ops, blocks, [b.cone.spectral(ops, lin, g, x) for b, lin, x in args])
+    return product if columns else product[..., 0]
+
+
+def project_linearized(
+    ops: Ops, cones: Cones, linearization: Linearization, v: Array, order: int = 2
+) -> Array:
+    """Pi_K(v) with derivatives in `v` that are right up to `order` (1 or 2) at the point of linearisation.
+
+    Differentiable in every mode and nesting: the branch, the eigenvectors and the roots that the projection
+    depends on are taken from `linearization`, which must be constant and built at the value of `v`.
+    """
+    blocks = _blocks(cones)
+    if not blocks:
+        return v
+    args = zip(blocks, linearization, _split(ops, blocks, v), strict=True)
+    return _join(ops, blocks, [b.cone.project_linearized(ops, lin, x, order) for b, lin, x in args])
+
+
+def margin(ops: Ops, cones: Cones, s: Array) -> Array:
+    """Distance |s - Pi_K(s)| of each row of `s` to K in the largest entry, (B,)."""
+    return ops.amax(abs(s - project(ops, cones, s)), axis=-1)
+
+
+def dual_margin(ops: Ops, cones: Cones, y: Array) -> Array:
+    """Distance of each row of `y` to the dual cone in the largest entry, (B,).
+
+    y - Pi_{K*}(y) = -Pi_K(-y) by Moreau's decomposition.
+    """
+    return ops.amax(abs(project(ops, cones, -y)), axis=-1)

@@ -1,0 +1,75 @@
+"""Derivatives of the root y of F(y, theta) = 0, for every order and mode at once.
+
+A solver returns the root y0 and a way to apply J0^-1, J0 = dF/dy (y0, theta0); neither is differentiated.
+Then chord steps are taken in ordinary operations of the framework,
+
+    y <- y - J0^-1 F(y, theta),
+
+in which only F sees theta. Since F(y0, theta0) = 0 the value stays; but if y carries the derivatives of the
+root up to order k, then y - J0^-1 F(y, theta) carries them up to order k + 1, because the error of a chord
+step is (I - J0^-1 dF/dy) times the error of y, and that product gains one order. Reverse and forward mode,
+their nestings and vectorising maps follow from those of the framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .ops import Array, Ops
+
+
+def attach(
+    ops: Ops, residual: Callable[[Array], Array], solve: Callable[[Array], Array], root: Array, order: int
+) -> Array:
+    """`root` with the derivatives that F(y, theta) = 0 implies, up to `order`; higher ones raise.
+
+    Args:
+        residual: y to F(y, theta), written in differentiable operations of theta and y.
+        solve: r to J0^-1 r, linear in r, with J0^-1 constant.
+        root: y0, detached.
+        order: number of chord steps, at least 1.
+    """
+    y = root
+    for _ in range(order):
+        y = y - solve(residual(y))
+    return ops.guard(
+        y, order, f"derivatives of order above {order} were asked for; build the layer with order={order + 1}"
+    )
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """A layer from a solver and the equation that its result satisfies; see `implicit` of the frontends."""
+
+    ops: Ops
+    solve: Callable[..., Array]
+    residual: Callable[..., Array]
+    linear_solve: Callable[[Callable, Array], Array] | None = None
+    order: int = 2
+
+    def __call__(self, *theta: Any) -> Array:
+        ops = self.ops
+        root = ops.call_detached(self.solve, *theta)
+        shape = tuple(root.shape)
+
+        def residual(z):
+            F = self.residual(z, *theta)
+            if tuple(F.shape) != shape:
+                raise ValueError(
+                    f"residual(z, ...) must have the shape of z, {shape}, but has {tuple(F.shape)}; "
+                    "return one equation for each entry of z"
+                )
+            return F
+
+        return attach(ops, residual, self._inverse(residual, root), root, self.order)
+
+    def _inverse(self, residual: Callable, root: Array) -> Callable[[Array], Array]:
+        ops = self.ops
+        if self.linear_solve is not None:
+            tangent = ops.frozen_jvp(residual, root)
+            return lambda r: self.linear_solve(tangent, r)  # type: ignore[misc]
+        factor = ops.lu_factor(ops.stop_gradient(ops.jacobian(residual, root)))
+        flat = (root.shape[0], -1, 1)
+        return lambda r: ops.reshape(ops.lu_solve(factor, ops.reshape(r, flat)), root.shape)

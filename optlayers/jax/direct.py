@@ -1,0 +1,84 @@
+"""Quadratic and cone programs given as matrices, in JAX."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jax import Array
+
+from ..cones import Cones
+from ..docstring import continues
+from ..layers.conic import ConicSolution, conic_layer
+from ..layers.direct import curved_part, solve_box, solve_cone
+from ..ops import jax as ops
+from .checked import run_checked
+
+
+@continues(solve_box)
+def solve_qp(
+    P: Array | None,
+    q: Array,
+    A: Array | None = None,
+    l: Array | None = None,
+    u: Array | None = None,
+    *,
+    solver: Any = None,
+    eps: float = 1e-9,
+    order: int = 2,
+    on_failure: str = "raise",
+    warm_start: ConicSolution | None = None,
+) -> ConicSolution:
+    """
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from optlayers.jax import solve_qp
+        >>> I, one = jnp.eye(2), jnp.ones(2)
+        >>> total = lambda q: solve_qp(I, q, I, -one, one).x.sum()
+        >>> jax.grad(total)(jnp.array([-3.0, 0.5])).round(6).tolist()
+        [0.0, -1.0]
+    """
+    layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure)
+    return run_checked(_solve_box, layer, (P, q, A, l, u), _point(warm_start), q)
+
+
+@continues(solve_cone)
+def solve_conic(
+    P: Array | None,
+    q: Array,
+    A: Array,
+    b: Array,
+    cones: Cones,
+    *,
+    solver: Any = None,
+    eps: float = 1e-9,
+    order: int = 2,
+    on_failure: str = "raise",
+    warm_start: ConicSolution | None = None,
+) -> ConicSolution:
+    """
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from optlayers.jax import Cones, solve_conic
+        >>> A, b = -jnp.eye(2), jnp.zeros(2)
+        >>> solution = solve_conic(jnp.eye(2), jnp.array([1.0, -2.0]), A, b, Cones(nonneg=2))
+        >>> abs(solution.x).round(6).tolist()
+        [0.0, 2.0]
+    """
+    layer = conic_layer(curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure)
+    return run_checked(functools.partial(_solve_cone, cones), layer, (P, q, A, b), _point(warm_start), q)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _solve_box(layer, data, warm, like):
+    return solve_box(ops, layer, data, warm, like)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _solve_cone(cones, layer, data, warm, like):
+    return solve_cone(ops, layer, cones, data, warm, like)
+
+
+def _point(solution: ConicSolution | None) -> tuple[Array, ...]:
+    return () if solution is None else tuple(solution[:3])

@@ -1,0 +1,225 @@
+"""The cone program as a differentiable map (P, q, A, b, l, u) to (x, s, y).
+
+    minimise 1/2 x'Px + q'x  subject to  A x + s = b,  l <= s <= u on the first k rows, s in K on the rest
+
+with multipliers y of the rows: P x + q + A'y = 0. Shapes: q (n,), b (m,), l and u (k,), P (n, n), A (m, n),
+each shared by the batch, or with a batch axis B in front.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from ..cones import Cones
+from ..implicit import attach
+from ..linalg.kkt import Factor, Problem, Scaled, factorize, matvec, solve_refined
+from ..linalg.rows import flatten, project_linearized, shapes, unflatten
+from ..ops import Array, Ops, select
+from ..solvers.admm import ADMM
+from ..solvers.base import Progress, Solver, conclude, run, start
+from ..solvers.newton import smallest_regularization
+from ..solvers.scaling import equilibrate
+from ..status import Status, check
+
+
+class ConicSolution(NamedTuple):
+    """x (B, n), s and y (B, m), status codes, iterations and relative residuals (B,)."""
+
+    x: Array
+    s: Array
+    y: Array
+    status: Array
+    iterations: Array
+    residual: Array
+
+
+@dataclass(frozen=True)
+class ConicSolve:
+    """The solver as an opaque leaf: (P, q, A, b, l, u) and perhaps (x, s, y) to the root and its factor.
+
+    Args:
+        cones: the curved cones, in the last rows.
+        linear: P is zero.
+        solvers: tried in turn on the problems that the earlier ones leave unfinished.
+        eps: relative residual of a solution.
+        check: raise SolveError for problems that were not solved, where the framework allows it.
+    """
+
+    cones: Cones = Cones()
+    linear: bool = False
+    solvers: tuple[Solver, ...] = (ADMM(),)
+    eps: float = 1e-9
+    check: bool = False
+
+    @property
+    def input_ndims(self) -> tuple[int, ...]:
+        return (2, 1, 2, 1, 1, 1, 1, 1, 1)
+
+    def output_shapes(self, inputs):
+        batch = max((s[0] for s, k in zip(inputs, self.input_ndims, strict=False) if len(s) > k), default=1)
+        (m, n), k = inputs[2][-2:], inputs[4][-1]
+        floats = [(n,), (m,), (n,), (m,), (1,), (n, n), (1,), ()]
+        return (
+            [((batch, *shape), "float") for shape in floats]
+            + [((batch,), "int")] * 2
+            + shapes(self.cones, batch, k)
+        )
+
+    def __call__(self, ops: Ops, P, q, A, b, l, u, *warm) -> list[Array]:
+        batch = self.output_shapes([tuple(x.shape) for x in (P, q, A, b, l, u, *warm)])[0][0][0]
+        q, b, *warm = (ops.broadcast_to(x, (batch, x.shape[-1])) for x in (q, b, *warm))
+        l, u = (ops.reshape(x, (-1, x.shape[-1])) for x in (l, u))
+        problem, finite = _replace_non_finite(ops, Problem(P, q, A, b, l, u))
+        problem, scaling = equilibrate(ops, self.cones, problem, self.solvers[0].scaling, self.linear)
+        if warm:
+            x, s, y = warm
+            point = x / scaling.D, s * scaling.E - y * scaling.c / scaling.E
+            point = tuple(ops.where(ops.isfinite(z), z, 0.0) for z in point)
+        else:
+            point = 0 * q, 0 * b
+        progress = start(ops, self.cones, problem, scaling, *point)
+        progress = progress._replace(status=ops.where(finite, progress.status, Status.NON_FINITE.code))
+        for solver in self.solvers:
+            progress = run(ops, solver, self.cones, problem, scaling, progress, self.eps)
+        best, status, iterations = self._final_factor(ops, problem, conclude(ops, progress, self.eps))
+        if self.check:
+            ops.on_host(check, status, best.residual)
+        parts = (ops.broadcast_to(part, (batch, part.shape[-1])) for part in scaling)
+        outputs = [best.x, best.v, *parts, best.factor.cholesky, best.factor.e, best.residual]
+        return [*outputs, status, iterations, *flatten(best.factor.linearization)]
+
+    def _final_factor(self, ops: Ops, problem: Problem, progress: Progress) -> Progress:
+        """J at the final point. On polyhedral cones D is constant around it: refinement's factor is that."""
+        best = progress.best
+        if self.cones.rows:
+            e = ops.full((best.x.shape[0], 1), smallest_regularization(ops, best.x), best.x)
+            best = best._replace(factor=factorize(ops, self.cones, problem, best.v, e))
+        # Without a valid factor the derivative is masked: it must not turn into NaN.
+        diagonal = best.factor.cholesky[:, :1, 0]
+        broken = ~ops.any(ops.isfinite(diagonal) & (diagonal != 0), -1)
+        identity = ops.broadcast_to(ops.eye(best.x.shape[-1], best.x), best.factor.cholesky.shape)
+        repair = lambda factor: select(ops, broken, identity, factor)
+        cholesky = ops.cond(ops.any(broken), repair, lambda factor: factor, best.factor.cholesky)
+        return progress._replace(best=best._replace(factor=best.factor._replace(cholesky=cholesky)))
+
+
+def _replace_non_finite(ops: Ops, problem: Problem) -> tuple[Problem, Array]:
+    """The problem with zeros for NaN and infinity, and which problems (B,) had none."""
+    finite = ops.full((problem.q.shape[0],), 1.0, problem.q) > 0
+    for data, axes in zip(problem, (2, 1, 2, 1, 1, 1), strict=True):
+        # Bounds may be infinite; NaN differs from itself.
+        ok = data == data if data is problem.l or data is problem.u else ops.isfinite(data)
+        for _ in range(axes):
+            ok = ops.all(ok, -1)
+        finite = finite & ok
+    clean = lambda *data: tuple(ops.where(ops.isfinite(x), x, 0.0) for x in data)
+    data = ops.cond(ops.all(finite), lambda *data: data, clean, *problem[:4])
+    l, u = (ops.where(bound == bound, bound, 0.0) for bound in problem.bounds)
+    return Problem(*data, l, u), finite
+
+
+FAILURE_POLICIES = ("raise", "nan", "mask", "ignore")
+
+
+@dataclass(frozen=True)
+class ConicLayer:
+    """A solver with its derivative and its policy for problems without solution.
+
+    Args:
+        solve: the solver; with `check`, it raises for such problems.
+        order: highest derivative order.
+        on_failure: "nan" fills x, s, y with NaN; "mask" has zero derivatives; "ignore" derives as if solved.
+    """
+
+    solve: ConicSolve
+    order: int = 2
+    on_failure: str = "raise"
+
+    def __post_init__(self):
+        if self.on_failure not in FAILURE_POLICIES:
+            raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {self.on_failure!r}")
+
+    def __call__(self, ops: Ops, data: Problem, *warm: Array) -> ConicSolution:
+        """The solution, batched, for data and an earlier (x, s, y) each with one batch axis or none."""
+        solution = _differentiable(ops, self, data, warm)
+        if self.on_failure != "nan":
+            return solution
+        failed = ~_is_usable(solution.status)[:, None]
+        x, s, y = (ops.where(failed, ops.nan, z) for z in solution[:3])
+        return solution._replace(x=x, s=s, y=y)
+
+
+def _is_usable(status: Array) -> Array:
+    return (status == Status.SOLVED.code) | (status == Status.INACCURATE.code)
+
+
+def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[Array]) -> ConicSolution:
+    P, q, A, b, l, u = data
+    cones, n, order = layer.solve.cones, q.shape[-1], layer.order
+    x, v, D, E, c, cholesky, e, error, status, iterations, *flat = ops.leaf(layer.solve, (*data, *warm))
+    factor = Factor(cholesky, unflatten(cones, flat), e)
+    usable = _is_usable(status)[:, None]
+    # J0 of the scaled problem, applied through the detached matrices of the unscaled one.
+    P0, A0 = Scaled(c * D, ops.stop_gradient(P), D), Scaled(E, ops.stop_gradient(A), D)
+    bounds = tuple(E[:, : bound.shape[-1]] * bound for bound in (l, u))
+
+    def inverse(r):
+        return -ops.concat(solve_refined(ops, cones, P0, A0, factor, (r[:, :n], r[:, n:])), -1)
+
+    def unscale(z):
+        v = z[:, n:]
+        s = project_linearized(ops, cones, bounds, factor.linearization, v, order)
+        return D * z[:, :n], s / E, (s - v) * E / c
+
+    def residual(z):
+        x, s, y = unscale(z)
+        F1 = c * D * (matvec(P, x) + q + matvec(A.mT, y))
+        F = ops.concat([F1, E * (matvec(A, x) + s - b)], -1)
+        return F if layer.on_failure == "ignore" else ops.where(usable, F, 0.0)
+
+    z = attach(ops, residual, inverse, ops.concat([x, v], -1), order)
+    return ConicSolution(*unscale(z), status, iterations, error)
+
+
+def conic_layer(
+    cones: Cones,
+    linear: bool,
+    solver: Any = None,
+    solver_args: Mapping[str, Any] | None = None,
+    order: int = 2,
+    on_failure: str = "raise",
+) -> ConicLayer:
+    """The layer for a choice of solver and `solver_args`, of which unknown names are reported and ignored."""
+    if solver is not None and not isinstance(solver, ADMM):
+        raise ValueError(f"solver must be None (chosen for you) or ADMM(...), got {solver!r}")
+    solve = ConicSolve(cones, linear, (solver or ADMM(),), check=on_failure == "raise")
+    for key, value in (solver_args or {}).items():
+        if key in ("eps", "eps_abs", "eps_rel"):
+            solve = replace(solve, eps=float(value))
+        elif key in ("max_iter", "max_iters"):
+            solve = replace(solve, solvers=tuple(replace(s, max_iter=int(value)) for s in solve.solvers))
+        else:
+            message = f"solver_args has no setting {key!r} here and ignores it; known are eps, max_iter"
+            warnings.warn(message, stacklevel=4)
+    return ConicLayer(solve, order, on_failure)
+
+
+def flatten_batch(ops: Ops, value: Array, own: int) -> Array:
+    """`value`, of which the last `own` axes are its own, with all batch axes as one; without any as it is."""
+    lead = tuple(value.shape[: value.ndim - own])
+    return value if len(lead) < 2 else ops.reshape(value, (math.prod(lead), *value.shape[len(lead) :]))
+
+
+def restore_batch(ops: Ops, solution: ConicSolution, lead: tuple[int, ...], like: Array) -> ConicSolution:
+    """`solution` with the batch axes `lead` and the dtype of `like`."""
+    *floats, status, iterations, residual = solution
+    x, s, y, residual = (restore_array(ops, z, lead, like) for z in (*floats, residual))
+    return ConicSolution(x, s, y, ops.reshape(status, lead), ops.reshape(iterations, lead), residual)
+
+
+def restore_array(ops: Ops, x: Array, lead: tuple[int, ...], like: Array) -> Array:
+    return ops.cast(ops.reshape(x, (*lead, *x.shape[1:])), like)

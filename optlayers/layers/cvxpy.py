@@ -1,0 +1,222 @@
+"""What the CvxpyLayer of every framework shares: from parameter values to program data, and back to outputs.
+
+The docstring of `CvxpyProgram` is that of the layers; each frontend adds its example.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..canon import canonicalize
+from ..canon.program import AffineMap, Output, Program
+from ..linalg.kkt import Problem
+from ..ops import Array, Ops
+from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restore_array, restore_batch
+from .direct import curved_part, polyhedral_bounds
+
+
+class _Terms(NamedTuple):
+    """Part of an affine map: entry `positions[k]` of the flat matrix gets `coefs[k] * theta[cols[k]]`."""
+
+    positions: np.ndarray
+    cols: np.ndarray
+    coefs: np.ndarray
+
+
+class _Split(NamedTuple):
+    """An affine map for one choice of batched parameters: a constant and the terms of either kind."""
+
+    shape: tuple[int, ...]
+    constant: np.ndarray
+    shared: _Terms
+    batched: _Terms
+
+
+def _split(affine: AffineMap, is_batched: np.ndarray, column: np.ndarray) -> _Split:
+    """Split the terms of a map by whether their entry of theta is batched; `column` renumbers theta."""
+    constant = np.zeros(math.prod(affine.shape))
+    constant[affine.positions] = affine.constant
+    positions, cols = affine.positions[affine.rows], affine.cols
+
+    def terms(mask):
+        return _Terms(positions[mask], column[cols[mask]], affine.coefs[mask])
+
+    batched = is_batched[cols]
+    return _Split(affine.shape, constant, terms(~batched), terms(batched))
+
+
+@lru_cache(maxsize=64)
+def _splits(program: Program, batched: tuple[bool, ...]) -> tuple[_Split, ...]:
+    """P, q, A, b for parameters of which `batched` tells which carry a batch axis."""
+    sizes = [block.stop - block.start for block in program.blocks]
+    is_batched = np.repeat([batched[block.parameter] for block in program.blocks], sizes).astype(bool)
+    column = np.where(is_batched, np.cumsum(is_batched) - 1, np.cumsum(~is_batched) - 1)
+    return tuple(_split(m, is_batched, column) for m in (program.P, program.q, program.A, program.b))
+
+
+def _theta(ops: Ops, program: Program, values: Sequence[Array], keep: Sequence[bool]) -> Array | None:
+    """Concatenated blocks (..., p) of the parameters marked by `keep`; values have flat last axes."""
+    part = {"real": ops.real, "imag": ops.imag, "log": ops.log}
+    blocks = [part[b.part](values[b.parameter]) for b in program.blocks if keep[b.parameter]]
+    return ops.concat(blocks, -1) if blocks else None
+
+
+def evaluate(ops: Ops, program: Program, values: Sequence[Array], like: Array) -> Problem:
+    """The data of the program for flat parameter values (size,) or (B, size).
+
+    A matrix or vector that no batched parameter enters has no batch axis.
+    """
+    batched = tuple(value.ndim == 2 for value in values)
+    shared_theta = _theta(ops, program, values, [not b for b in batched])
+    batched_theta = _theta(ops, program, values, batched)
+
+    def build(split: _Split) -> Array:
+        flat, size = ops.constant(split.constant, like), split.constant.size
+        for terms, theta in ((split.shared, shared_theta), (split.batched, batched_theta)):
+            if len(terms.cols):
+                picked = ops.take(theta, ops.constant(terms.cols, like)) * ops.constant(terms.coefs, like)
+                flat = flat + ops.scatter_add(picked, ops.constant(terms.positions, like), size)
+        return ops.reshape(flat, (*flat.shape[:-1], *split.shape))
+
+    P, q, A, b = (build(split) for split in _splits(program, batched))
+    lower, upper = (ops.constant(bound, like) for bound in polyhedral_bounds(program.cones))
+    return Problem(P, q, A, b, lower, upper)
+
+
+def read(ops: Ops, output: Output, solution: ConicSolution) -> Array:
+    """One output (B, *shape) of the layer."""
+    source = solution.x if output.source == "x" else solution.y
+    padded = ops.concat([source, 0 * ops.full((source.shape[0], 1), 1.0, source)], -1)
+
+    def pick(indices, coefs):
+        # Index -1 is a structural zero: the padding behind the last entry.
+        where = np.where(indices < 0, source.shape[-1], indices)
+        return ops.take(padded, ops.constant(where, source)) * ops.constant(coefs, source)
+
+    value = pick(output.indices, output.coefs)
+    if output.imag_indices is not None:
+        value = ops.complex_number(value, pick(output.imag_indices, output.imag_coefs))
+    if output.exp:
+        value = ops.exp(value)
+    return ops.reshape(value, (source.shape[0], *output.shape))
+
+
+def batch_shape(shapes: Sequence[tuple[int, ...]], parameters: Sequence[Any]) -> tuple[int, ...]:
+    """The leading axes that the given values have in common.
+
+    Raises:
+        ValueError: wrong number of values, a shape that does not end in the parameter's, or batch axes that
+            differ; the message names the parameter.
+    """
+    if len(shapes) != len(parameters):
+        names = ", ".join(name(parameter) for parameter in parameters)
+        raise ValueError(
+            f"expected {len(parameters)} parameter values ({names}), got {len(shapes)}; "
+            "pass one value for each parameter, in the order given to the constructor"
+        )
+    common: tuple[int, ...] = ()
+    for shape, parameter in zip(shapes, parameters, strict=True):
+        own = tuple(parameter.shape)
+        lead = shape[: len(shape) - len(own)]
+        if shape[len(lead) :] != own:
+            raise ValueError(
+                f"parameter {name(parameter)} has shape {own}; expected a value of that shape, perhaps with "
+                f"batch axes in front, got {shape}"
+            )
+        if lead and common and lead != common:
+            raise ValueError(
+                f"parameter {name(parameter)} has batch axes {lead}, but an earlier one has {common}; "
+                "give every batched parameter the same leading axes"
+            )
+        common = lead or common
+    return common
+
+
+def name(parameter: Any) -> str:
+    return f"{parameter.name()} {tuple(parameter.shape)}"
+
+
+class Solution(NamedTuple):
+    """Result of `CvxpyLayer.solve`; every field has the batch axes of the parameters in front.
+
+    Attributes:
+        variables: what calling the layer returns.
+        x: (n,), s and y: (m,), the solution of the layer's cone program, slacks and multipliers.
+        status: code of `Status` per problem: `list(Status)[code]`.
+        iterations: iterations per problem.
+        residual: relative KKT residual per problem.
+    """
+
+    variables: tuple[Array, ...]
+    x: Array
+    s: Array
+    y: Array
+    status: Array
+    iterations: Array
+    residual: Array
+
+
+class CvxpyProgram:
+    """The solution of a parametrised convex problem, as a function of its parameters.
+
+    Args:
+        problem: a DPP problem, or a geometric program with `gp`.
+        parameters: all its parameters; the layer takes their values in this order.
+        variables: what it returns: variables, or `constraint.dual_variables[i]`.
+        solver: None chooses; or `ADMM(...)`.
+        gp: whether the problem is a geometric program.
+        verbose: print a summary of the layer when it is built.
+        canon_backend: CVXPY's canonicalisation backend.
+        solver_args: settings of the solver: `eps`, the relative residual of a solution, and `max_iter`.
+        order: highest derivative order; beyond it NotImplementedError is raised.
+        on_failure: what becomes of problems without solution. "raise": SolveError names them; "nan": their
+            outputs are NaN; "mask": the last iterate, with zero gradient; "ignore": the last iterate.
+
+    Raises:
+        ValueError: the problem or the lists cannot be used; the message says why, and what to do.
+    """
+
+    def __init__(
+        self, problem, parameters, variables, solver, gp, canon_backend, solver_args, order, on_failure
+    ):
+        self.parameters, self.variables = tuple(parameters), tuple(variables)
+        self.program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
+        self.solver_args = dict(solver_args or {})
+        self._choices = {"solver": solver, "order": order, "on_failure": on_failure}
+        self.layer(None)
+
+    def layer(self, solver_args: Mapping[str, Any] | None) -> ConicLayer:
+        """The settings of one call, in which `solver_args` go before those of the constructor."""
+        cones = curved_part(self.program.cones)
+        linear = not len(self.program.P.positions)
+        arguments = self.solver_args | dict(solver_args or {})
+        return conic_layer(cones, linear, solver_args=arguments, **self._choices)
+
+    def solve(
+        self, ops: Ops, layer: ConicLayer, values: Sequence[Array], warm: Sequence[Array], like: Array
+    ) -> Solution:
+        """The solution for values with any batch axes in front, in the dtype of the real `like`."""
+        lead = batch_shape([tuple(value.shape) for value in values], self.parameters)
+        flat = []
+        for value, own in zip(values, self.parameters, strict=True):
+            value = flatten_batch(ops, value, own.ndim)
+            flat.append(ops.widest(ops.reshape(value, (*value.shape[: value.ndim - own.ndim], own.size))))
+        data = evaluate(ops, self.program, flat, ops.widest(like))
+        warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+        solution = layer(ops, data, *warm)
+        variables = (read(ops, output, solution) for output in self.program.outputs)
+        variables = tuple(restore_array(ops, x, lead, like) for x in variables)
+        return Solution(variables, *restore_batch(ops, solution, lead, like))
+
+    def summary(self) -> str:
+        """Sizes of the problem in one line."""
+        program = self.program
+        kinds = {k: v for k, v in vars(program.cones).items() if v}
+        cones = ", ".join(f"{k}={v if isinstance(v, int) else len(v)}" for k, v in kinds.items()) or "none"
+        parameters = ", ".join(name(p) for p in self.parameters)
+        return f"parameters: {parameters}; n={program.n} variables, m={program.m} rows; cones: {cones}"

@@ -1,0 +1,127 @@
+"""Programs given as matrices, without CVXPY: what `solve_qp` and `solve_conic` of both frameworks share.
+
+The docstrings are those of the public functions; each frontend adds its example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..cones import Cones
+from ..linalg.kkt import Problem
+from ..ops import Array, Ops
+from .conic import ConicLayer, ConicSolution, flatten_batch, restore_batch
+
+INFINITE = 1e20
+
+
+def solve_box(
+    ops: Ops, layer: ConicLayer, data: Sequence[Array | None], warm: Sequence[Array], like: Array
+) -> ConicSolution:
+    """Solve  minimise 1/2 x'Px + q'x  subject to  l <= A x <= u  for a batch, differentiably.
+
+    Args:
+        P: symmetric positive semidefinite (..., n, n); None for a linear program.
+        q: (..., n).
+        A: (..., m, n); None for a problem without constraints.
+        l, u: (..., m); None for infinite. Entries beyond 1e20 count as infinite, l = u is an equality.
+        solver: None chooses; or `ADMM(...)`.
+        eps: relative residual of a solution.
+        order: highest derivative order; beyond it NotImplementedError is raised.
+        on_failure: "raise", "nan", "mask" or "ignore"; see `CvxpyLayer`.
+        warm_start: an earlier solution to start from.
+
+    Each argument has the same batch axes in front, or none if the batch shares it.
+
+    Returns:
+        x (..., n); s = A x and the multipliers y (..., m), with P x + q + A'y = 0, y > 0 where A x is at its
+        upper bound; status codes, iterations and relative residuals (...).
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        SolveError: some problems were not solved, and `on_failure` is "raise".
+    """
+    (P, q, A, l, u), lead = _prepare(ops, ["P", "q", "A", "l", "u"], data, ["nn", "n", "mn", "m", "m"], like)
+    upper = ops.where(l <= -INFINITE, ops.inf, -l)
+    lower = ops.where(u >= INFINITE, -ops.inf, -u)
+    zero = ops.full((A.shape[-2],), 0.0, q)
+    warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+    warm = [-z if i == 1 else z for i, z in enumerate(warm)]
+    solution = layer(ops, Problem(P, q, A, zero, lower, upper), *warm)
+    return restore_batch(ops, solution._replace(s=-solution.s), lead, like)
+
+
+def solve_cone(
+    ops: Ops,
+    layer: ConicLayer,
+    cones: Cones,
+    data: Sequence[Array | None],
+    warm: Sequence[Array],
+    like: Array,
+) -> ConicSolution:
+    """Solve  minimise 1/2 x'Px + q'x  subject to  A x + s = b, s in K  for a batch, differentiably.
+
+    Args:
+        P: symmetric positive semidefinite (..., n, n), or None.
+        q: (..., n).
+        A: (..., m, n).
+        b: (..., m).
+        cones: the cone K, in the order of the rows; see `Cones`.
+
+    The other arguments, batch axes and errors are those of `solve_qp`.
+
+    Returns:
+        x (..., n), s in K and the multipliers y in K* (..., m), with P x + q + A'y = 0; status codes,
+        iterations and relative residuals (...).
+    """
+    (P, q, A, b), lead = _prepare(ops, ["P", "q", "A", "b"], data, ["nn", "n", "mn", "m"], like)
+    if b.shape[-1] != cones.rows:
+        raise ValueError(f"the cones have {cones.rows} rows, but A and b have {b.shape[-1]}: {cones}")
+    lower, upper = (ops.constant(bound, q) for bound in polyhedral_bounds(cones))
+    warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+    solution = layer(ops, Problem(P, q, A, b, lower, upper), *warm)
+    return restore_batch(ops, solution, lead, like)
+
+
+def curved_part(cones: Cones) -> Cones:
+    """The cones without their polyhedral rows, which the solver takes as bounds."""
+    return replace(cones, zero=0, nonneg=0)
+
+
+def polyhedral_bounds(cones: Cones) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of the slack on the zero and nonnegative rows."""
+    upper = np.concatenate([np.zeros(cones.zero), np.full(cones.nonneg, np.inf)])
+    return np.zeros(cones.zero + cones.nonneg), upper
+
+
+def _prepare(ops: Ops, names: Sequence[str], data: Sequence[Array | None], axes: Sequence[str], like: Array):
+    """The data with one batch axis or none, zeros or no rows for None, and the batch axes as given.
+
+    Raises:
+        ValueError: shapes that do not fit together, naming the argument.
+    """
+    sizes: dict[str, int] = {}
+    lead: tuple[int, ...] = ()
+    for name, x, own in zip(names, data, axes, strict=True):
+        if x is None:
+            continue
+        batch = tuple(x.shape[: max(x.ndim - len(own), 0)])
+        shape = tuple(x.shape[len(batch) :])
+        expected = tuple(sizes.setdefault(axis, size) for axis, size in zip(own, shape, strict=False))
+        if shape != expected or len(shape) != len(own):
+            known = ", ".join(str(sizes.get(axis, axis)) for axis in own)
+            raise ValueError(f"{name} must have shape (..., {known}), got {tuple(x.shape)}")
+        if batch and lead and batch != lead:
+            raise ValueError(f"{name} has batch axes {batch}, but an earlier argument has {lead}")
+        lead = lead or batch
+    sizes.setdefault("m", 0)
+    missing = {"l": -np.inf, "u": np.inf}
+    arrays = []
+    for name, x, own in zip(names, data, axes, strict=True):
+        if x is None:
+            x = ops.full([sizes[axis] for axis in own], missing.get(name, 0.0), like)
+        arrays.append(ops.widest(flatten_batch(ops, x, len(own))))
+    return arrays, lead

@@ -1,0 +1,104 @@
+"""The set that the slack s of a program lies in: bounds l <= s <= u on the first rows, then curved cones.
+
+Bounds cover every polyhedral row in one form: equality (l = u = 0), inequality (l = 0, u infinite), two-sided,
+free. They are data, may differ over the batch and have derivatives; a row with l = u counts as an equality.
+Multipliers follow v = s - y: y >= 0 where s is at its lower bound, y <= 0 at the upper one. The functions
+have the meaning of those of the same name in `optlayers.cones`, with the bounds before the cones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .. import cones as curved
+from ..cones import Cones
+from ..ops import Array, Ops
+
+
+class Linearization(NamedTuple):
+    """D of the bounded rows (B, k), which are 1 where free; 1 where at the lower bound; data of the cones."""
+
+    free: Array
+    lower: Array
+    cones: tuple
+
+
+def _clip(ops: Ops, x: Array, bounds: tuple[Array, Array]) -> Array:
+    return ops.minimum(ops.maximum(x, bounds[0]), bounds[1])
+
+
+def project(ops: Ops, cones: Cones, bounds: tuple[Array, Array], v: Array) -> Array:
+    """The projection Pi(v) of v (B, m) onto the set."""
+    k = bounds[0].shape[-1]
+    if not cones.rows:
+        return _clip(ops, v, bounds)
+    return ops.concat([_clip(ops, v[:, :k], bounds), curved.project(ops, cones, v[:, k:])], -1)
+
+
+def linearize(ops: Ops, cones: Cones, bounds: tuple[Array, Array], v: Array) -> Linearization:
+    """Spectral data of D = dPi(v)."""
+    k = bounds[0].shape[-1]
+    head = v[:, :k]
+    below = head <= bounds[0]
+    free = ops.cast(~below & (head < bounds[1]), v)
+    return Linearization(free, ops.cast(below, v), curved.linearize(ops, cones, v[:, k:]))
+
+
+def shapes(cones: Cones, batch: int, k: int) -> list[tuple[tuple[int, ...], str]]:
+    """Shapes and kinds of the arrays of `flatten(linearize(...))`."""
+    return [((batch, k), "float")] * 2 + curved.linearization_shapes(cones, batch)
+
+
+def flatten(linearization: Linearization) -> list[Array]:
+    return [linearization.free, linearization.lower, *curved.flatten(linearization.cones)]
+
+
+def unflatten(cones: Cones, arrays: list[Array]) -> Linearization:
+    return Linearization(arrays[0], arrays[1], curved.unflatten(cones, arrays[2:]))
+
+
+def spectral(
+    ops: Ops, cones: Cones, lin: Linearization, g: Callable[[Array], Array], u: Array, columns: bool = False
+) -> Array:
+    """g(D) u for u (B, m); with `columns` for a matrix u (B, m, k) or (m, k)."""
+    k = lin.free.shape[-1]
+    weights = g(lin.free)
+    if not columns:
+        if not cones.rows:
+            return weights * u
+        return ops.concat([weights * u[:, :k], curved.spectral(ops, cones, lin.cones, g, u[:, k:])], -1)
+    head = weights[..., None] * u[..., :k, :]
+    if not cones.rows:
+        return head
+    return ops.concat([head, curved.spectral(ops, cones, lin.cones, g, u[..., k:, :], columns=True)], -2)
+
+
+def project_linearized(
+    ops: Ops, cones: Cones, bounds: tuple[Array, Array], lin: Linearization, v: Array, order: int
+) -> Array:
+    """Pi(v) with derivatives in v and in the bounds up to `order`, at the point of `lin`."""
+    k = lin.free.shape[-1]
+    at_bound = ops.where(lin.lower > 0, bounds[0], bounds[1])
+    head = ops.where(lin.free > 0, v[:, :k], at_bound)
+    if not cones.rows:
+        return head
+    return ops.concat([head, curved.project_linearized(ops, cones, lin.cones, v[:, k:], order)], -1)
+
+
+def support(ops: Ops, cones: Cones, bounds: tuple[Array, Array], y: Array) -> tuple[Array, Array]:
+    """inf of s'y over the set, (B,), and the parts of y (B, m) for which it would be minus infinity."""
+    k = bounds[0].shape[-1]
+    bound = ops.where(y[:, :k] > 0, bounds[0], bounds[1])
+    finite = ops.isfinite(bound)
+    value = ops.sum(ops.where(finite, bound, 0.0) * y[:, :k], -1)
+    outside = ops.where(finite, 0.0, y[:, :k])
+    if not cones.rows:
+        return value, outside
+    return value, ops.concat([outside, curved.project(ops, cones, -y[:, k:])], -1)
+
+
+def recession(ops: Ops, cones: Cones, bounds: tuple[Array, Array], s: Array) -> Array:
+    """The projection of s (B, m) onto the directions in which the set is unbounded."""
+    unbounded = tuple(ops.where(ops.isfinite(bound), 0.0, bound) for bound in bounds)
+    return project(ops, cones, unbounded, s)

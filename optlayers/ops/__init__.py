@@ -1,0 +1,156 @@
+"""The seam between the algorithms and the frameworks.
+
+`optlayers.ops.torch` and `optlayers.ops.jax` define the same functions; a solver takes one of the two
+modules as its first argument `ops` and is written once. Arithmetic, comparison, `abs`, `@`, `.mT`,
+`.shape`, `.dtype` and basic slicing are used directly; `Ops` lists all that the frameworks name differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+Array = Any
+
+
+class Leaf(Protocol):
+    """A computation that is never differentiated: a solver, and the shapes of what it returns.
+
+    Leaves are frozen dataclasses of numbers, strings, functions, tuples and further such dataclasses; equal
+    leaves compute the same function. An input may carry one batch axis in front of its own `input_ndims`
+    axes; the others are shared by the batch.
+    """
+
+    @property
+    def input_ndims(self) -> tuple[int, ...]:
+        """Number of axes of each input without its batch axis; the last inputs may be left out."""
+        ...
+
+    def output_shapes(self, shapes: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], str]]:
+        """Shape and kind ("float", "int") of each output, for inputs of these shapes.
+
+        Every output has the batch axis in front, of size 1 if no input has one.
+        """
+        ...
+
+    def __call__(self, ops: Ops, *inputs: Array) -> list[Array]: ...
+
+
+class Ops(Protocol):
+    """What a framework provides. `like` is any array whose device and dtype are to be taken over."""
+
+    inf: float
+    nan: float
+
+    def constant(self, values: np.ndarray, like: Array) -> Array:
+        """`values` on the device of `like`: floats in the dtype of `like`, integers as int64 or int32."""
+        ...
+
+    def full(self, shape: Sequence[int], value: float, like: Array) -> Array: ...
+    def eye(self, n: int, like: Array) -> Array: ...
+    def eps(self, x: Array) -> float:
+        """Spacing of 1 in the dtype of `x`."""
+        ...
+
+    def widest(self, x: Array) -> Array:
+        """`x` in float64 where the device and the framework's settings allow it, else unchanged."""
+        ...
+
+    def cast(self, x: Array, like: Array) -> Array:
+        """`x` in the dtype of the real `like`, or its complex counterpart where `x` is complex."""
+        ...
+
+    def to_int(self, x: Array) -> Array: ...
+    def where(self, condition: Array, x: Array, y: Array | float) -> Array: ...
+    def maximum(self, x: Array, y: Array | float) -> Array: ...
+    def minimum(self, x: Array, y: Array | float) -> Array: ...
+    def sqrt(self, x: Array) -> Array: ...
+    def exp(self, x: Array) -> Array: ...
+    def log(self, x: Array) -> Array: ...
+    def real(self, x: Array) -> Array: ...
+    def imag(self, x: Array) -> Array: ...
+    def complex_number(self, real: Array, imag: Array) -> Array: ...
+    def isfinite(self, x: Array) -> Array: ...
+    def sum(self, x: Array, axis: int, keepdims: bool = False) -> Array: ...
+    def amax(self, x: Array, axis: int, keepdims: bool = False) -> Array:
+        """Largest entry along `axis`; zero where the axis is empty (used for norms)."""
+        ...
+
+    def any(self, x: Array, axis: int | None = None) -> Array: ...
+    def all(self, x: Array, axis: int | None = None) -> Array: ...
+    def concat(self, arrays: Sequence[Array], axis: int) -> Array: ...
+    def stack(self, arrays: Sequence[Array], axis: int) -> Array: ...
+    def reshape(self, x: Array, shape: Sequence[int]) -> Array: ...
+    def broadcast_to(self, x: Array, shape: Sequence[int]) -> Array: ...
+    def take(self, x: Array, indices: Array) -> Array:
+        """Entries of the last axis."""
+        ...
+
+    def scatter_add(self, values: Array, indices: Array, size: int) -> Array:
+        """Sum of `values` (..., k) into a last axis of length `size`, entry j at `indices[j]`."""
+        ...
+
+    def cholesky(self, x: Array) -> Array:
+        """Lower factor of each matrix; NaN throughout where it is not positive definite."""
+        ...
+
+    def cholesky_solve(self, factor: Array, rhs: Array) -> Array:
+        """Solve L L' X = rhs for lower factors (..., n, n) and `rhs` (..., n, k)."""
+        ...
+
+    def inverse_triangular(self, factor: Array) -> Array:
+        """Inverse of lower triangular matrices (..., n, n)."""
+        ...
+
+    def lu_factor(self, x: Array) -> tuple[Array, Array]: ...
+    def lu_solve(self, factor: tuple[Array, Array], rhs: Array, transpose: bool = False) -> Array: ...
+    def eigh(self, x: Array) -> tuple[Array, Array]:
+        """Ascending eigenvalues and eigenvectors of the lower triangles; NaN for matrices not finite."""
+        ...
+
+    def while_loop(self, condition: Callable, body: Callable, state: Any) -> Any:
+        """Repeat `state = body(state)` while `condition(state)`, a scalar; `state` is a tuple of arrays."""
+        ...
+
+    def repeat(self, count: int, body: Callable, state: Any) -> Any:
+        """`state = body(state)`, `count` times."""
+        ...
+
+    def cond(self, condition: Array, true: Callable, false: Callable, *operands: Any) -> Any:
+        """`true(*operands)` or `false(*operands)`; both return the same structure."""
+        ...
+
+    def stop_gradient(self, x: Array) -> Array: ...
+    def on_host(self, function: Callable, *arrays: Array) -> None:
+        """`function` of the arrays as NumPy arrays, now, or never where they are only traced."""
+        ...
+
+    def call_detached(self, function: Callable, *args: Any) -> Array:
+        """`function(*args)` with no derivative with respect to anything."""
+        ...
+
+    def frozen_jvp(self, function: Callable, x: Array) -> Callable:
+        """The map dx to (d function / dx at x) dx with constant coefficients, linear in dx."""
+        ...
+
+    def jacobian(self, function: Callable, x: Array) -> Array:
+        """Jacobians (B, k, k) of a map of (B, ...) to itself that treats each row of the batch by itself."""
+        ...
+
+    def leaf(self, solve: Leaf, inputs: Sequence[Array]) -> list[Array]:
+        """Outputs of `solve` on detached inputs, opaque to every transformation of the framework."""
+        ...
+
+    def guard(self, x: Array, order: int, message: str) -> Array:
+        """`x` itself; its derivatives beyond `order` raise NotImplementedError with `message`."""
+        ...
+
+
+def select(ops: Ops, mask: Array, x: Any, y: Any) -> Any:
+    """Per problem, `x` where `mask` (B,) and `y` elsewhere, for two equal trees of arrays (B, ...)."""
+    if isinstance(x, tuple):
+        parts = (select(ops, mask, a, b) for a, b in zip(x, y, strict=True))
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return ops.where(ops.reshape(mask, (-1,) + (1,) * (x.ndim - 1)), x, y)

@@ -1,0 +1,173 @@
+"""The seam for JAX: see `optlayers.ops.Ops` for what each function does."""
+
+from __future__ import annotations
+
+import builtins
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+where, maximum, minimum, sqrt, exp, log = jnp.where, jnp.maximum, jnp.minimum, jnp.sqrt, jnp.exp, jnp.log
+isfinite, any, all, reshape, broadcast_to = jnp.isfinite, jnp.any, jnp.all, jnp.reshape, jnp.broadcast_to
+stop_gradient = lax.stop_gradient
+inf, nan = jnp.inf, jnp.nan
+real, imag, complex_number = jnp.real, jnp.imag, lax.complex
+
+
+def constant(values, like):
+    return jnp.asarray(values, dtype=like.dtype if values.dtype.kind == "f" else jnp.int32)
+
+
+def full(shape, value, like):
+    return jnp.full(tuple(shape), value, dtype=like.dtype)
+
+
+def eye(n, like):
+    return jnp.eye(n, dtype=like.dtype)
+
+
+def eps(x):
+    return float(jnp.finfo(x.dtype).eps)
+
+
+def widest(x):
+    return x.astype(jnp.result_type(complex if jnp.iscomplexobj(x) else float))
+
+
+def cast(x, like):
+    return x.astype(jnp.result_type(like.dtype, jnp.complex64) if jnp.iscomplexobj(x) else like.dtype)
+
+
+def to_int(x):
+    return x.astype(jnp.int32)
+
+
+def sum(x, axis, keepdims=False):
+    return jnp.sum(x, axis=axis, keepdims=keepdims)
+
+
+def amax(x, axis, keepdims=False):
+    if x.shape[axis] == 0:
+        return jnp.sum(x, axis=axis, keepdims=keepdims)
+    return jnp.max(x, axis=axis, keepdims=keepdims)
+
+
+def concat(arrays, axis):
+    return jnp.concatenate(list(arrays), axis=axis)
+
+
+def stack(arrays, axis):
+    return jnp.stack(list(arrays), axis=axis)
+
+
+def take(x, indices):
+    return jnp.take(x, indices, axis=-1)
+
+
+def scatter_add(values, indices, size):
+    zeros = jnp.zeros((*values.shape[:-1], size), dtype=values.dtype)
+    return zeros.at[..., indices].add(values)
+
+
+def cholesky(x):
+    factor = lax.linalg.cholesky(x, symmetrize_input=False)
+    # NaN need not reach the diagonal's start, nor the other triangle, by itself.
+    failed = jnp.isnan(jnp.diagonal(factor, axis1=-2, axis2=-1)).any(-1)
+    return jnp.where(failed[..., None, None], jnp.nan, factor)
+
+
+def cholesky_solve(factor, rhs):
+    return jax.scipy.linalg.cho_solve((factor, True), rhs)
+
+
+def inverse_triangular(factor):
+    identity = jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+    return lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+
+
+def lu_factor(x):
+    return jax.scipy.linalg.lu_factor(x)
+
+
+def lu_solve(factor, rhs, transpose=False):
+    return jax.scipy.linalg.lu_solve(factor, rhs, trans=1 if transpose else 0)
+
+
+def eigh(x):
+    # On a matrix that is not finite LAPACK may return numbers.
+    finite = jnp.isfinite(x).all((-2, -1))[..., None]
+    values, vectors = jnp.linalg.eigh(x, symmetrize_input=False)
+    return jnp.where(finite, values, jnp.nan), jnp.where(finite[..., None], vectors, jnp.nan)
+
+
+def while_loop(condition, body, state):
+    return lax.while_loop(condition, body, state)
+
+
+def repeat(count, body, state):
+    return lax.fori_loop(0, count, lambda _, state: body(state), state)
+
+
+def cond(condition, true, false, *operands):
+    return lax.cond(condition, true, false, *operands)
+
+
+def on_host(function, *arrays):
+    if not builtins.any(isinstance(x, jax.core.Tracer) for x in arrays):
+        function(*(np.asarray(x) for x in arrays))
+
+
+def call_detached(function, *args):
+    return jax.tree.map(lax.stop_gradient, function(*jax.tree.map(lax.stop_gradient, args)))
+
+
+def frozen_jvp(function, x):
+    return lambda dx: jax.jvp(function, (lax.stop_gradient(x),), (dx,))[1]
+
+
+def jacobian(function, x):
+    size = math.prod(x.shape[1:])
+
+    def column(e):
+        direction = jnp.broadcast_to(e.reshape(x.shape[1:]), x.shape)
+        return jax.jvp(function, (x,), (direction,))[1].reshape(x.shape[0], size)
+
+    return jax.vmap(column, out_axes=-1)(jnp.eye(size, dtype=x.dtype))
+
+
+def leaf(solve, inputs):
+    from . import jax as ops
+
+    return solve(ops, *(lax.stop_gradient(x) for x in inputs))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _one(x, order, message):
+    """The number one, formally a function of x, whose derivatives exist up to `order`."""
+    return jnp.ones((), x.dtype)
+
+
+@_one.defjvp
+def _(order, message, primals, tangents):
+    if order == 0:
+        raise NotImplementedError(message)
+    # Selected, not multiplied by zero: a tangent that is not finite must not reach the rest of the batch.
+    zero = jnp.sum(jnp.where(False, tangents[0], 0)) * _one(primals[0], order - 1, message)
+    return _one(primals[0], order, message), zero
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def guard(x, order, message):
+    return x
+
+
+@guard.defjvp
+def _(order, message, primals, tangents):
+    if order == 0:
+        raise NotImplementedError(message)
+    (x,), (tangent,) = primals, tangents
+    return guard(x, order, message), tangent * _one(x, order - 1, message)

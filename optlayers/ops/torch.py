@@ -1,0 +1,336 @@
+"""The seam for PyTorch: see `optlayers.ops.Ops` for what each function does."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sqrt, exp, log, isfinite = torch.sqrt, torch.exp, torch.log, torch.isfinite
+inf, nan = torch.inf, torch.nan
+
+
+def constant(values, like):
+    # Copied: torch would share the caller's memory, warn if it is read-only and refuse negative strides.
+    tensor = torch.as_tensor(np.array(values))
+    return tensor.to(device=like.device, dtype=like.dtype if tensor.is_floating_point() else torch.int64)
+
+
+def full(shape, value, like):
+    return torch.full(tuple(shape), value, dtype=like.dtype, device=like.device)
+
+
+def eye(n, like):
+    return torch.eye(n, dtype=like.dtype, device=like.device)
+
+
+def eps(x):
+    return torch.finfo(x.dtype).eps
+
+
+def widest(x):
+    if x.device.type == "mps":
+        return x
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
+def real(x):
+    return x.real if x.is_complex() else x
+
+
+imag, complex_number = torch.imag, torch.complex
+
+
+def cast(x, like):
+    return x.to(like.dtype.to_complex() if x.is_complex() else like.dtype)
+
+
+def to_int(x):
+    return x.to(torch.int64)
+
+
+def where(condition, x, y):
+    return torch.where(condition, x, y)
+
+
+def maximum(x, y):
+    return torch.maximum(x, y) if isinstance(y, Tensor) else torch.clamp(x, min=y)
+
+
+def minimum(x, y):
+    return torch.minimum(x, y) if isinstance(y, Tensor) else torch.clamp(x, max=y)
+
+
+def sum(x, axis, keepdims=False):
+    return torch.sum(x, dim=axis, keepdim=keepdims)
+
+
+def amax(x, axis, keepdims=False):
+    if x.shape[axis] == 0:
+        return torch.sum(x, dim=axis, keepdim=keepdims)
+    return torch.amax(x, dim=axis, keepdim=keepdims)
+
+
+def any(x, axis=None):
+    return torch.any(x) if axis is None else torch.any(x, dim=axis)
+
+
+def all(x, axis=None):
+    return torch.all(x) if axis is None else torch.all(x, dim=axis)
+
+
+def concat(arrays, axis):
+    return torch.cat(list(arrays), dim=axis)
+
+
+def stack(arrays, axis):
+    return torch.stack(list(arrays), dim=axis)
+
+
+def reshape(x, shape):
+    return torch.reshape(x, tuple(shape))
+
+
+def broadcast_to(x, shape):
+    return torch.broadcast_to(x, tuple(shape))
+
+
+def take(x, indices):
+    return torch.index_select(x, -1, indices)
+
+
+def scatter_add(values, indices, size):
+    zeros = torch.zeros((*values.shape[:-1], size), dtype=values.dtype, device=values.device)
+    return torch.index_add(zeros, -1, indices, values)
+
+
+def cholesky(x):
+    # cholesky_ex reports failure in `info` without a device synchronisation.
+    factor, info = torch.linalg.cholesky_ex(x)
+    return torch.where((info == 0)[..., None, None], factor, torch.nan)
+
+
+def cholesky_solve(factor, rhs):
+    half = torch.linalg.solve_triangular(factor, rhs, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+
+
+def inverse_triangular(factor):
+    return torch.linalg.solve_triangular(factor, eye(factor.shape[-1], factor), upper=False)
+
+
+def lu_factor(x):
+    # .contiguous(): lu_solve is silently wrong on the CPU for some non-contiguous factors (torch 2.13).
+    factor, pivots, _ = torch.linalg.lu_factor_ex(x)
+    return factor.contiguous(), pivots.contiguous()
+
+
+def lu_solve(factor, rhs, transpose=False):
+    return torch.linalg.lu_solve(*factor, rhs, adjoint=transpose)
+
+
+def eigh(x):
+    # On a matrix that is not finite LAPACK may fail, which raises for the whole batch, or return numbers.
+    finite = torch.isfinite(x).flatten(-2).all(-1)[..., None]
+    values, vectors = torch.linalg.eigh(torch.where(finite[..., None], x, 0.0))
+    return torch.where(finite, values, torch.nan), torch.where(finite[..., None], vectors, torch.nan)
+
+
+def while_loop(condition, body, state):
+    while bool(condition(state)):
+        state = body(state)
+    return state
+
+
+def repeat(count, body, state):
+    for _ in range(count):
+        state = body(state)
+    return state
+
+
+def cond(condition, true, false, *operands):
+    return true(*operands) if bool(condition) else false(*operands)
+
+
+def stop_gradient(x):
+    return x.detach()
+
+
+def on_host(function, *arrays):
+    function(*(x.detach().cpu().numpy() for x in arrays))
+
+
+def _detach(tree):
+    return torch.utils._pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
+
+
+def call_detached(function, *args):
+    with torch.no_grad():
+        return _detach(function(*_detach(args)))
+
+
+def frozen_jvp(function, x):
+    return lambda dx: torch.func.jvp(lambda z: function(z), (x.detach(),), (dx,))[1]
+
+
+def jacobian(function, x):
+    size = math.prod(x.shape[1:])
+    basis = torch.eye(size, dtype=x.dtype, device=x.device)
+
+    def column(e):
+        direction = e.reshape(x.shape[1:]).expand(x.shape)
+        return torch.func.jvp(function, (x,), (direction,))[1].reshape(x.shape[0], size)
+
+    return torch.func.vmap(column, out_dims=-1)(basis)
+
+
+# A custom operator takes tensors and numbers only, so a leaf travels as its number in this table. Equal
+# leaves share a number: the table grows with the number of distinct solver settings, not of calls.
+_leaves: list = []
+_numbers: dict = {}
+
+
+def _number(solve) -> int:
+    if solve not in _numbers:
+        _leaves.append(solve)
+        _numbers[solve] = _leaves.index(solve)  # the first of its equals, should two threads meet here
+    return _numbers[solve]
+
+
+# torch.compile must not trace the table: its new entries would be missing while the graph is built, and each
+# entry would recompile all earlier graphs. It can run a function of constants instead of tracing it, and a
+# leaf is made of constants; an object built in the traced function is not one, and its fields are not set.
+def _run_while_compiling(function):
+    function._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports a lot
+    return function
+
+
+def _parts(x):
+    if dataclasses.is_dataclass(x):
+        return type(x), tuple([(f.name, _parts(getattr(x, f.name))) for f in dataclasses.fields(x)])
+    if type(x) is tuple:
+        return tuple, tuple([_parts(item) for item in x])
+    # A number that differed between calls has become symbolic; guard_scalar gives its value back.
+    is_number = isinstance(x, (int, float))
+    return None, torch.fx.experimental.symbolic_shapes.guard_scalar(x) if is_number else x
+
+
+def _assemble(parts):
+    kind, content = parts
+    if kind is None:
+        return content
+    if kind is tuple:
+        return tuple(_assemble(item) for item in content)
+    return kind(**{name: _assemble(part) for name, part in content})
+
+
+@_run_while_compiling
+def _number_of_parts(parts):
+    return _number(_assemble(parts))
+
+
+@torch.library.custom_op("optlayers::leaf", mutates_args=())
+def _leaf(number: int, inputs: list[Tensor]) -> list[Tensor]:
+    from . import torch as ops
+
+    # An operator may not return memory that it was given, nor the same memory twice.
+    seen, outputs = {x.untyped_storage().data_ptr() for x in inputs}, []
+    for output in _leaves[number](ops, *inputs):
+        output = output.contiguous()
+        outputs.append(output.clone() if output.untyped_storage().data_ptr() in seen else output)
+        seen.add(output.untyped_storage().data_ptr())
+    return outputs
+
+
+@_leaf.register_fake
+def _(number, inputs):
+    shapes = _leaves[number].output_shapes([tuple(x.shape) for x in inputs])
+    dtypes = {"float": inputs[0].dtype, "int": torch.int64}
+    return [inputs[0].new_empty(shape, dtype=dtypes[kind]) for shape, kind in shapes]
+
+
+def _leaf_vmap(info, in_dims, number, inputs):
+    """Fold the mapped axis into the batch axis: one call of the leaf on a larger batch."""
+    solve, count = _leaves[number], info.batch_size
+    ndims = solve.input_ndims[: len(inputs)]
+    sizes = [
+        x.shape[0 if dim is None else 1 if dim == 0 else 0]
+        for x, dim, ndim in zip(inputs, in_dims[1], ndims, strict=True)
+        if x.ndim - (dim is not None) > ndim
+    ]
+    batch = sizes[0] if sizes else 1
+
+    def fold(x, dim, ndim):
+        batched = x.ndim - (dim is not None) > ndim
+        if dim is None and not batched:
+            return x
+        x = x[None] if dim is None else x.movedim(dim, 0)
+        x = x if batched else x[:, None]
+        own = x.shape[2:]
+        return x.expand(count, batch, *own).reshape(count * batch, *own)
+
+    folded = [fold(*args) for args in zip(inputs, in_dims[1], ndims, strict=True)]
+    outputs = [x.reshape(count, batch, *x.shape[1:]) for x in _leaf(number, folded)]
+    return outputs, [0] * len(outputs)
+
+
+_leaf.register_vmap(_leaf_vmap)
+
+
+def leaf(solve, inputs):
+    number = _number_of_parts(_parts(solve)) if torch.compiler.is_compiling() else _number(solve)
+    return _leaf(number, [x.detach() for x in inputs])
+
+
+class _Zero(torch.autograd.Function):
+    """The number zero, formally a function of x, whose derivatives exist up to `order`.
+
+    A function with an identity as derivative rule would be shorter, but torch disables forward mode inside
+    such rules and nested forward mode would lose a tangent in silence; adding zero cannot.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, order, message):
+        return torch.zeros((), dtype=x.dtype, device=x.device)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.order, ctx.message = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def _lower(ctx):
+        if ctx.order == 0:
+            raise NotImplementedError(ctx.message)
+        (x,) = ctx.saved_tensors
+        return _Zero.apply(x, ctx.order - 1, ctx.message)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Zero._lower(ctx).expand(ctx.saved_tensors[0].shape), None, None
+
+    @staticmethod
+    def jvp(ctx, *_):
+        return _Zero._lower(ctx)
+
+
+def _zero(x, order, message):
+    return _Zero.apply(x, order, message)
+
+
+@_run_while_compiling
+def _keep_whole():
+    """torch.compile cannot trace a function with a forward-mode rule; it can call one as it is."""
+    torch.compiler.allow_in_graph(_zero)
+
+
+def guard(x, order, message):
+    if torch.compiler.is_compiling():
+        _keep_whole()
+    return x + _zero(x, order, message)

@@ -1,0 +1,142 @@
+"""The only solver loop: chunks of a solver's iterations, refinement, checks, and what became of each problem.
+
+A solver is an immutable record with
+
+    max_iter, check_every, refine, scaling          settings that the loop reads
+    init(ops, cones, problem, x, v) -> state        from a starting point, on the scaled problem
+    step(ops, cones, problem, state) -> state       `check_every` iterations on the whole batch
+    point(ops, cones, problem, state) -> (x, v)     the current primal-dual point
+    direction(state) -> Direction                   increments that diverge where there is no solution
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from ..cones import Cones
+from ..linalg.kkt import Factor, Problem, matvec, norm
+from ..linalg.rows import linearize, recession, support
+from ..ops import Array, Ops
+from ..status import Status
+from .newton import Point, refine
+from .scaling import Scaling
+
+RUNNING = -1
+
+
+class Direction(NamedTuple):
+    """Increments of x (B, n) and y (B, m)."""
+
+    dx: Array
+    dy: Array
+
+
+class Solver(Protocol):
+    """What `run` needs of a solver; see the module's docstring."""
+
+    max_iter: int
+    check_every: int
+    refine: int
+    scaling: int
+
+    def init(self, ops: Ops, cones: Cones, problem: Problem, x: Array, v: Array) -> Any: ...
+    def step(self, ops: Ops, cones: Cones, problem: Problem, state: Any) -> Any: ...
+    def point(self, ops: Ops, cones: Cones, problem: Problem, state: Any) -> tuple[Array, Array]: ...
+    def direction(self, state: Any) -> Direction: ...
+
+
+class Progress(NamedTuple):
+    """Best point so far, status codes (B,) with RUNNING for the unfinished, and iterations spent (B,)."""
+
+    best: Point
+    status: Array
+    iterations: Array
+
+
+def tolerances(ops: Ops, eps: float, like: Array) -> tuple[float, float, float]:
+    """Relative residuals: the target of refinement, that of a solution, that of an inaccurate one."""
+    rounding = ops.eps(like)
+    accept = max(eps, 50 * rounding)
+    return max(1e-4 * eps, 4 * rounding), accept, max(1e3 * accept, accept**0.5)
+
+
+def start(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Array, v: Array) -> Progress:
+    """No progress yet: the starting point with an infinite residual, and no factor."""
+    batch, n = x.shape
+    nothing = ops.full((batch, n, n), 0.0, x)
+    factor = Factor(nothing, linearize(ops, cones, problem.bounds, v), ops.full((batch, 1), 1.0, x))
+    best = Point(x, v, ops.full((batch,), ops.inf, x), factor)
+    running = ops.to_int(ops.full((x.shape[0],), RUNNING, x))
+    return Progress(best, running, 0 * running)
+
+
+def run(
+    ops: Ops,
+    solver: Solver,
+    cones: Cones,
+    problem: Problem,
+    scaling: Scaling,
+    progress: Progress,
+    eps: float,
+) -> Progress:
+    """Work on the problems that are still RUNNING until all are decided or `solver.max_iter` is spent."""
+    target, accept, _ = tolerances(ops, eps, problem.q)
+
+    def body(carry):
+        k, state, (best, status, iterations) = carry
+        running = status == RUNNING
+        state = solver.step(ops, cones, problem, state)
+        iterations = iterations + solver.check_every * ops.to_int(running)
+        point = solver.point(ops, cones, problem, state)
+        best = refine(ops, cones, problem, scaling, best, point, solver.refine, target, running)
+        status = ops.where(running & (best.residual <= accept), Status.SOLVED.code, status)
+        certificate = certify(ops, cones, problem, scaling, solver.direction(state))
+        status = ops.where(status == RUNNING, certificate, status)
+        return k + solver.check_every, state, Progress(best, status, iterations)
+
+    def unfinished(carry):
+        k, _, progress = carry
+        return (k < solver.max_iter) & ops.any(progress.status == RUNNING)
+
+    state = solver.init(ops, cones, problem, progress.best.x, progress.best.v)
+    return ops.while_loop(unfinished, body, (0, state, progress))[2]
+
+
+def conclude(ops: Ops, progress: Progress, eps: float) -> Progress:
+    """Name the outcome of the problems that are still RUNNING."""
+    best, status, iterations = progress
+    _, _, inaccurate = tolerances(ops, eps, best.x)
+    rest = ops.where(best.residual <= inaccurate, Status.INACCURATE.code, Status.ITERATION_LIMIT.code)
+    return Progress(best, ops.where(status == RUNNING, rest, status), iterations)
+
+
+def certify(
+    ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, direction: Direction, eps: float = 1e-5
+) -> Array:
+    """Status code (B,) of infeasibility where the increments prove it, else RUNNING.
+
+    Primal: A'y = 0 and b'y below the least s'y over the set of s. Dual: P x = 0, q'x < 0 and -A x a
+    direction in which that set is unbounded (Banjac et al. 2019). All in the units of the user's problem,
+    relative to the size of y and x.
+    """
+    D, E, c = scaling
+    dx, dy = direction
+    y_size, x_size = norm(ops, E * dy), norm(ops, D * dx)
+    tiny = ops.eps(dx)
+    Aty, Ax, Px = matvec(problem.A.mT, dy), matvec(problem.A, dx), matvec(problem.P, dx)
+    least, outside = support(ops, cones, problem.bounds, dy)
+    primal = (
+        (y_size > tiny)
+        & (norm(ops, Aty / D) <= eps * y_size)
+        & (norm(ops, E * outside) <= eps * y_size)
+        & (ops.sum(problem.b * dy, -1) - least < -eps * y_size)
+    )
+    blocked = -Ax - recession(ops, cones, problem.bounds, -Ax)
+    dual = (
+        (x_size > tiny)
+        & (norm(ops, Px / (c * D)) <= eps * x_size)
+        & (norm(ops, blocked / E) <= eps * x_size)
+        & (ops.sum(problem.q * dx, -1) / c[:, 0] < -eps * x_size)
+    )
+    code = ops.where(dual, Status.DUAL_INFEASIBLE.code, RUNNING)
+    return ops.where(primal, Status.PRIMAL_INFEASIBLE.code, code)

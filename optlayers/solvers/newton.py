@@ -1,0 +1,81 @@
+"""Refinement of an approximate solution by semismooth Newton steps on the KKT residual map.
+
+On a QP a step solves for the rows that are active at the current point: a primal-dual active-set method
+(Hintermueller, Ito and Kunisch 2003). Steps are not damped: the residual may rise before it falls, so the
+best point seen is kept. The factor of the step that led to it is kept too, for the derivative.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..cones import Cones
+from ..linalg.kkt import Factor, Problem, factorize, matvec, norm, solve_refined
+from ..linalg.rows import project
+from ..ops import Array, Ops, select
+from .scaling import Scaling
+
+
+class Point(NamedTuple):
+    """A primal-dual point (B, n), (B, m), its relative residual (B,) and the factor of J there."""
+
+    x: Array
+    v: Array
+    residual: Array
+    factor: Factor
+
+
+def evaluate(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Array, v: Array):
+    """F at (x, v) and the larger of the two relative residuals in the units of the user's problem."""
+    s = project(ops, cones, problem.bounds, v)
+    Px, Aty, Ax = matvec(problem.P, x), matvec(problem.A.mT, s - v), matvec(problem.A, x)
+    F = Px + problem.q + Aty, Ax + s - problem.b
+    dual_unit, primal_unit = 1 / (scaling.c * scaling.D), 1 / scaling.E
+    dual_scale = ops.maximum(norm(ops, problem.q * dual_unit), norm(ops, Aty * dual_unit))
+    primal_scale = ops.maximum(norm(ops, problem.b * primal_unit), norm(ops, Ax * primal_unit))
+    dual = norm(ops, F[0] * dual_unit) / (1 + dual_scale)
+    primal = norm(ops, F[1] * primal_unit) / (1 + primal_scale)
+    return F, ops.maximum(dual, primal)
+
+
+def smallest_regularization(ops: Ops, x: Array) -> float:
+    """Balances the error of the regularisation, e, against that of rounding, eps / e."""
+    return ops.eps(x) ** 0.5
+
+
+def refine(
+    ops: Ops,
+    cones: Cones,
+    problem: Problem,
+    scaling: Scaling,
+    best: Point,
+    start: tuple[Array, Array],
+    steps: int,
+    target: float,
+    active: Array,
+) -> Point:
+    """The better of `best` and of at most `steps` Newton iterates from `start` = (x, v), per problem.
+
+    Args:
+        target: relative residual at which a problem needs no further step.
+        active: (B,) the problems that count: the others keep `best`, and when all of them have reached the
+            target, iteration stops.
+    """
+    floor = smallest_regularization(ops, problem.q)
+
+    def body(state):
+        k, best, (x, v), (F, error) = state
+        e = ops.minimum(ops.maximum(0.01 * error, floor), 0.01)[:, None]
+        factor = factorize(ops, cones, problem, v, e)
+        dx, dv = solve_refined(ops, cones, problem.P, problem.A, factor, F)
+        x, v = x + dx, v + dv
+        F, error = evaluate(ops, cones, problem, scaling, x, v)
+        better = active & (error < best.residual)
+        return k + 1, select(ops, better, Point(x, v, error, factor), best), (x, v), (F, error)
+
+    def unfinished(state):
+        k, best, *_ = state
+        return (k < steps) & ops.any(active & (best.residual > target))
+
+    state = (0, best, start, evaluate(ops, cones, problem, scaling, *start))
+    return ops.while_loop(unfinished, body, state)[1]

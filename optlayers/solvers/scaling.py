@@ -1,0 +1,85 @@
+"""Equilibration of a cone program: x = D x_hat, s = s_hat / E, y = E y_hat / c.
+
+Ruiz (2001) iterations in the 2-norm on the matrix [P A'; A 0], the E of a curved cone being one number per
+cone so that the cone is unchanged; then a cost scale c.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..cones import Cones
+from ..linalg.kkt import Problem, matvec
+from ..ops import Array, Ops
+
+
+class Scaling(NamedTuple):
+    """D (B, n), E (B, m), c (B, 1); the leading axis is 1 where the batch shares them."""
+
+    D: Array
+    E: Array
+    c: Array
+
+
+def equilibrate(
+    ops: Ops, cones: Cones, problem: Problem, passes: int, linear: bool
+) -> tuple[Problem, Scaling]:
+    """The scaled problem and its scaling; `linear` says that P is zero."""
+    P2, A2 = problem.P**2, problem.A**2
+    batch = max(M.shape[0] if M.ndim == 3 else 1 for M in (P2, A2))
+    D = ops.full((batch, P2.shape[-1]), 1.0, problem.q)
+    E = ops.full((batch, A2.shape[-2]), 1.0, problem.q)
+
+    def balance(state):
+        D, E = state
+        D2, E2 = D * D, E * E
+        columns = D2 * (matvec(P2, D2) + matvec(A2.mT, E2))
+        rows = _cone_means(ops, cones, E2 * matvec(A2, D2))
+        return D * _inverse_fourth_root(ops, columns), E * _inverse_fourth_root(ops, rows)
+
+    D, E = ops.repeat(passes, balance, (D, E))
+    P, A, q = _scale_matrix(problem.P, D, D), _scale_matrix(problem.A, E, D), D * problem.q
+    c = _cost_scale(ops, P, q, linear)
+    if not linear:
+        P = P * (c[..., None] if P.ndim == 3 else c)
+    k = problem.l.shape[-1]
+    l, u = (E[:, :k] * bound for bound in problem.bounds)
+    return Problem(P, c * q, A, E * problem.b, l, u), Scaling(D, E, c)
+
+
+def _cost_scale(ops: Ops, P: Array, q: Array, linear: bool) -> Array:
+    """1 / max(mean column norm of P, |q|), (B, 1); from P alone, (1, 1), where the batch shares P."""
+    size = ops.amax(abs(q), -1, keepdims=True)
+    if not linear:
+        columns = ops.sqrt(ops.sum(P * P, -1))
+        mean = ops.reshape(ops.sum(columns, -1) / P.shape[-1], (-1, 1))
+        size = mean if P.ndim == 2 else ops.maximum(mean, size)
+    return 1 / ops.where(size > 0, size, 1.0)
+
+
+def _scale_matrix(M: Array, left: Array, right: Array) -> Array:
+    scaled = left[..., :, None] * M * right[..., None, :]
+    return scaled[0] if M.ndim == 2 and scaled.shape[0] == 1 else scaled
+
+
+def _inverse_fourth_root(ops: Ops, x: Array) -> Array:
+    return ops.where(x > 0, 1 / ops.sqrt(ops.sqrt(ops.where(x > 0, x, 1.0))), 1.0)
+
+
+def _cone_means(ops: Ops, cones: Cones, rows: Array) -> Array:
+    """`rows` (B, m) with the entries of each curved cone, at the end, replaced by their mean."""
+    if not cones.rows:
+        return rows
+    k = rows.shape[-1] - cones.rows
+    cone_of_row, share = (ops.constant(array, rows) for array in _membership(cones))
+    means = ops.scatter_add(rows[:, k:] * share, cone_of_row, cones.rows)
+    return ops.concat([rows[:, :k], ops.take(means, cone_of_row)], -1)
+
+
+def _membership(cones: Cones) -> tuple[np.ndarray, np.ndarray]:
+    """For each row of the curved cones, the number of its cone and 1 / (rows of its cone)."""
+    psd = [k * (k + 1) // 2 for k in cones.psd]
+    sizes = [*cones.soc, *psd, *[3] * cones.exp, *(len(weights) + 1 for weights in cones.pow)]
+    return np.repeat(np.arange(len(sizes)), sizes), 1 / np.repeat(np.array(sizes, float), sizes)

@@ -1,0 +1,84 @@
+"""Outcome of a solve, one per problem in the batch."""
+
+from __future__ import annotations
+
+import warnings
+from enum import Enum
+
+import numpy as np
+
+
+class Status(Enum):
+    """What became of one problem. The value is the message shown to the user; `code` is stored in arrays."""
+
+    SOLVED = "solved to the requested accuracy"
+    INACCURATE = (
+        "solved, but less accurately than requested; scale the data, or accept it with a larger `eps`"
+    )
+    PRIMAL_INFEASIBLE = "infeasible: no point satisfies all constraints (certificate found); relax one"
+    DUAL_INFEASIBLE = (
+        "unbounded: the objective decreases for ever (certificate found); bound the variables or regularise"
+    )
+    ITERATION_LIMIT = (
+        "iteration limit reached before convergence; raise `max_iter`, scale the data, or try another solver"
+    )
+    NON_FINITE = "the data contain NaN or infinity"
+
+    @property
+    def code(self) -> int:
+        return list(Status).index(self)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the solution and its derivative may be used."""
+        return self in (Status.SOLVED, Status.INACCURATE)
+
+
+def from_code(code: int) -> Status:
+    return list(Status)[code]
+
+
+class SolveError(RuntimeError):
+    """Some problems of a batch have no usable solution; `status` and `residual` say what became of each.
+
+    Attributes:
+        status: codes of `Status`, one per problem, as a NumPy array.
+        residual: relative residual reached by each.
+    """
+
+    def __init__(self, status: np.ndarray, residual: np.ndarray):
+        super().__init__(_report(status, residual))
+        self.status, self.residual = status, residual
+
+
+def _report(status: np.ndarray, residual: np.ndarray, shown: int = 5) -> str:
+    failed = np.argwhere(~is_usable(status))
+    lines = [f"{len(failed)} of {status.size} problems were not solved:"]
+    for index in map(tuple, failed[:shown].tolist()):
+        where = f"batch index {index}: " if index else ""
+        lines.append(f"  {where}{from_code(int(status[index])).value} (residual {residual[index]:.1e})")
+    if len(failed) > shown:
+        lines.append(f"  and {len(failed) - shown} more")
+    lines.append("To go on without them, build the layer with on_failure='nan', 'mask' or 'ignore'.")
+    return "\n".join(lines)
+
+
+def is_usable(status: np.ndarray) -> np.ndarray:
+    return np.isin(status, [s.code for s in Status if s.is_usable])
+
+
+def check(status: np.ndarray, residual: np.ndarray) -> None:
+    """Raise for failed problems, warn of inaccurate ones.
+
+    Raises:
+        SolveError: naming the failed problems and why they failed.
+    """
+    if not is_usable(status).all():
+        raise SolveError(status, residual)
+    inaccurate = status == Status.INACCURATE.code
+    if inaccurate.any():
+        warnings.warn(
+            f"{inaccurate.sum()} of {status.size} problems: {Status.INACCURATE.value} "
+            f"(largest residual {residual.max():.1e})",
+            stacklevel=2,
+        )

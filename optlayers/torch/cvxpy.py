@@ -1,0 +1,114 @@
+"""A CVXPY problem as a PyTorch module."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..docstring import continues
+from ..layers.cvxpy import CvxpyProgram, Solution, name
+from ..ops import torch as ops
+from ..status import SolveError
+
+
+@continues(CvxpyProgram)
+class CvxpyLayer(torch.nn.Module):
+    """
+    Example:
+        >>> import cvxpy as cp, torch
+        >>> from optlayers.torch import CvxpyLayer
+        >>> x, p = cp.Variable(2), cp.Parameter(2)
+        >>> problem = cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [x >= 0])
+        >>> layer = CvxpyLayer(problem, parameters=[p], variables=[x])
+        >>> point = torch.tensor([[1.0, -2.0], [3.0, 4.0]], requires_grad=True)
+        >>> (nearest,) = layer(point)
+        >>> nearest.sum().backward()
+        >>> point.grad.round().tolist()
+        [[1.0, 0.0], [1.0, 1.0]]
+    """
+
+    def __init__(
+        self,
+        problem,
+        parameters: Sequence,
+        variables: Sequence,
+        solver: Any = None,
+        gp: bool = False,
+        verbose: bool = False,
+        canon_backend: str | None = None,
+        solver_args: Mapping[str, Any] | None = None,
+        *,
+        order: int = 2,
+        on_failure: str = "raise",
+    ):
+        super().__init__()
+        self._program = CvxpyProgram(
+            problem, parameters, variables, solver, gp, canon_backend, solver_args, order, on_failure
+        )
+        if verbose:
+            print(self)
+
+    def forward(self, *params: Tensor, solver_args: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
+        """The variables for these parameter values, each with their batch axes in front.
+
+        Args:
+            params: one tensor per parameter, of its shape, with the same leading batch axes or none.
+            solver_args: settings for this call, in place of those of the constructor.
+
+        Raises:
+            ValueError: values of the wrong number, shape, type or device.
+            SolveError: some problems were not solved, and `on_failure` is "raise".
+        """
+        return self.solve(*params, solver_args=solver_args).variables
+
+    def solve(
+        self,
+        *params: Tensor,
+        solver_args: Mapping[str, Any] | None = None,
+        warm_start: Solution | None = None,
+    ) -> Solution:
+        """As `forward`, with the multipliers, status and statistics; see `Solution`.
+
+        Args:
+            warm_start: an earlier solution of this layer for the same batch, to start from.
+        """
+        program = self._program
+        like = _like(params, program.parameters)
+        warm = () if warm_start is None else (warm_start.x, warm_start.s, warm_start.y)
+        try:
+            return program.solve(ops, program.layer(solver_args), params, warm, like)
+        except SolveError as error:
+            for value, parameter in zip(params, program.parameters, strict=True):
+                if not torch.isfinite(value).all():
+                    error.add_note(f"parameter {name(parameter)} contains NaN or infinity")
+            raise
+
+    def extra_repr(self) -> str:
+        return self._program.summary()
+
+
+def _like(values: Sequence[Tensor], parameters: Sequence[Any]) -> Tensor:
+    """A real tensor with the dtype of the results and the device of all values."""
+    for value, parameter in zip(values, parameters, strict=False):
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"parameter {name(parameter)} must be a torch tensor, got {type(value).__name__}; "
+                "convert it with torch.as_tensor"
+            )
+        if value.device != values[0].device:
+            raise ValueError(
+                f"parameter {name(parameter)} is on {value.device}, but {name(parameters[0])} is on "
+                f"{values[0].device}; move all of them to one device"
+            )
+        if value.is_complex() and not parameter.is_complex():
+            raise ValueError(f"parameter {name(parameter)} is real, got a complex tensor; pass its real part")
+    if not values:
+        return torch.zeros(())
+    dtype = functools.reduce(torch.promote_types, [value.dtype for value in values])
+    if not (dtype.is_floating_point or dtype.is_complex):
+        dtype = torch.get_default_dtype()
+    return torch.zeros((), dtype=dtype.to_real(), device=values[0].device)

@@ -1,0 +1,60 @@
+"""One thread, double precision and strict promotion in JAX, seeded random numbers, both frameworks."""
+
+import functools
+import importlib
+import os
+
+import numpy as np
+import pytest
+from frontends import FRONTENDS
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves torch its share of a GPU
+
+try:
+    import jax
+except ModuleNotFoundError:
+    jax = None
+else:
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+try:
+    import torch
+except ModuleNotFoundError:
+    torch = None
+else:
+    torch.set_num_threads(1)
+
+FRAMEWORKS = ("torch", "jax")
+
+
+@functools.cache
+def has_gpu():
+    on_torch = torch is not None and torch.cuda.is_available()
+    return on_torch or (jax is not None and jax.default_backend() == "gpu")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not has_gpu():
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture
+def rng():
+    """A NumPy generator, seeded anew for every test."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(params=FRAMEWORKS, scope="session")
+def ops(request):
+    """The module `optlayers.ops.torch`, then `optlayers.ops.jax`."""
+    pytest.importorskip(request.param)
+    return importlib.import_module(f"optlayers.ops.{request.param}")
+
+
+@pytest.fixture(params=FRAMEWORKS, scope="session")
+def frontend(request):
+    """`optlayers.torch`, then `optlayers.jax`, as `frontends` presents them."""
+    pytest.importorskip(request.param)
+    return FRONTENDS[request.param]()

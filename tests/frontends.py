@@ -1,0 +1,101 @@
+"""The two frontends behind one interface, so that a test is written once: NumPy in, NumPy out."""
+
+import importlib
+
+import numpy as np
+
+
+class Torch:
+    """`optlayers.torch`, and what a test needs of torch."""
+
+    name = "torch"
+
+    def __init__(self):
+        self.framework = importlib.import_module("torch")
+        self.module = importlib.import_module("optlayers.torch")
+        self.CvxpyLayer, self.implicit = self.module.CvxpyLayer, self.module.implicit
+        self.xp = self.framework
+        self.transforms = self.framework.func
+
+    def array(self, x, dtype="float64"):
+        return self.framework.tensor(np.asarray(x), dtype=getattr(self.framework, dtype))
+
+    def numpy(self, x):
+        return x.detach().cpu().numpy()
+
+    def dtype(self, x):
+        return str(x.dtype).removeprefix("torch.")
+
+    def differentiable(self, function):
+        """(values, cotangents) to (outputs, gradients) of a function with a tuple of outputs.
+
+        A cotangent is a whole array, or one without the batch axes that the output has.
+        """
+
+        def call(values, cotangents):
+            tensors = [self.array(v).requires_grad_() for v in values]
+            outputs = function(*tensors)
+            weights = [
+                self.array(c).expand(o.shape).contiguous() for c, o in zip(cotangents, outputs, strict=True)
+            ]
+            gradients = self.framework.autograd.grad(outputs, tensors, weights, materialize_grads=True)
+            return [self.numpy(o) for o in outputs], [self.numpy(g) for g in gradients]
+
+        return call
+
+    def check_derivatives(self, function, values, order):
+        """Compare the derivatives of `function` up to `order` with differences, in both modes."""
+        check = self.framework.autograd
+        tensors = [self.array(v).requires_grad_() for v in values]
+        tolerance = {"eps": 1e-5, "atol": 1e-6, "rtol": 1e-5}
+        assert check.gradcheck(function, tensors, check_forward_ad=True, **tolerance)
+        if order == 2:
+            assert check.gradgradcheck(function, tensors, check_fwd_over_rev=True, **tolerance)
+
+
+class Jax:
+    """`optlayers.jax`, and what a test needs of JAX."""
+
+    name = "jax"
+
+    def __init__(self):
+        self.framework = importlib.import_module("jax")
+        self.module = importlib.import_module("optlayers.jax")
+        self.CvxpyLayer, self.implicit = self.module.CvxpyLayer, self.module.implicit
+        self.xp = self.framework.numpy
+        self.transforms = self.framework
+
+    def array(self, x, dtype="float64"):
+        return self.xp.asarray(np.asarray(x), dtype=dtype)
+
+    def numpy(self, x):
+        return np.asarray(x)
+
+    def dtype(self, x):
+        return str(x.dtype)
+
+    def differentiable(self, function):
+        """As of `Torch`; compiled once for each combination of shapes."""
+
+        def traced(values, cotangents):
+            outputs, pullback = self.framework.vjp(lambda *v: tuple(function(*v)), *values)
+            pairs = zip(cotangents, outputs, strict=True)
+            return outputs, pullback(tuple(self.xp.broadcast_to(c, o.shape) for c, o in pairs))
+
+        compiled = self.framework.jit(traced)
+
+        def call(values, cotangents):
+            arrays = [[self.array(x) for x in xs] for xs in (values, cotangents)]
+            outputs, gradients = compiled(*arrays)
+            return [self.numpy(o) for o in outputs], [self.numpy(g) for g in gradients]
+
+        return call
+
+    def check_derivatives(self, function, values, order):
+        """As of `Torch`."""
+        test_util = importlib.import_module("jax.test_util")
+        arrays = [self.array(v) for v in values]
+        test_util.check_grads(function, arrays, order, modes=("fwd", "rev"), eps=1e-5, atol=1e-6, rtol=1e-5)
+
+
+FRONTENDS = {"torch": Torch, "jax": Jax}
