@@ -36,8 +36,8 @@ class Size(NamedTuple):
 
     pairs: int = 2000
     restarts: int = 3
-    batch: int = 128
-    steps: int = 400
+    batch: int = 256
+    steps: int = 300
     mlp_steps: int = 6000
 
 
@@ -158,40 +158,34 @@ def first_weights(rng):
 
 
 # %%
-class Record(NamedTuple):
-    """The weights before step `step`, and the loss of its minibatch."""
-
-    step: int
-    weights: list
-    loss: float
-
-
 def minibatches(rng, data, batch, steps, rate, title):
-    """Yield (step, x, y, learning rate) and advance a progress bar."""
+    """Yield (x, y, learning rate) for every step and advance a progress bar."""
     x, y = data
-    for step in tqdm(range(steps), desc=title, unit="step", ncols=88, mininterval=0.2):
+    for step in tqdm(range(steps), desc=f"{title:<12}", unit="step", ncols=88, mininterval=0.2):
         rows = rng.integers(len(x), size=batch)
-        yield step, x[rows], y[rows], rate * (1 + np.cos(np.pi * step / steps)) / 2
+        yield x[rows], y[rows], rate * (1 + np.cos(np.pi * step / steps)) / 2
 
 
-def train_torch(model, weights, batches):
-    """Yield a `Record` before every step, and one after the last."""
+def torch_trainer(model):
+    """A function of first weights and minibatches that yields (weights, loss) after every step."""
     import torch
 
-    weights = [torch.tensor(w, requires_grad=True) for w in weights]
-    optimizer = torch.optim.Adam(weights)
-    for step, x, y, rate in batches:
-        loss = (model(weights, torch.from_numpy(x)) - torch.from_numpy(y)).square().mean()
-        yield Record(step, [w.detach().numpy().copy() for w in weights], loss.item())
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    yield Record(step + 1, [w.detach().numpy() for w in weights], loss.item())
+    def train(weights, batches):
+        weights = [torch.tensor(w, requires_grad=True) for w in weights]
+        optimizer = torch.optim.Adam(weights)
+        for x, y, rate in batches:
+            loss = (model(weights, torch.from_numpy(x)) - torch.from_numpy(y)).square().mean()
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield [w.detach() for w in weights], loss.item()
+
+    return train
 
 
-def train_jax(model, weights, batches):
-    """Yield a `Record` before every step, and one after the last."""
+def jax_trainer(model):
+    """A function of first weights and minibatches that yields (weights, loss) after every step."""
     import jax
     import jax.numpy as jnp
 
@@ -199,19 +193,175 @@ def train_jax(model, weights, batches):
         return jnp.mean((model(weights, x) - y) ** 2)
 
     @jax.jit
-    def update(weights, moments, step, x, y, rate):
+    def update(weights, m, v, step, x, y, rate):
+        """One step of Adam (Kingma and Ba 2015, algorithm 1)."""
         value, gradient = jax.value_and_grad(loss)(weights, x, y)
-        # Adam (Kingma and Ba 2015, algorithm 1).
-        first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], gradient)
-        second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, moments[1], gradient)
-        rate = rate * jnp.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
-        weights = jax.tree.map(lambda w, m, v: w - rate * m / (jnp.sqrt(v) + 1e-8), weights, first, second)
-        return weights, (first, second), value
+        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, gradient)
+        v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, v, gradient)
+        rate = rate * jnp.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        weights = jax.tree.map(lambda w, m, v: w - rate * m / (jnp.sqrt(v) + 1e-8), weights, m, v)
+        return weights, m, v, value
 
-    weights = jax.tree.map(jnp.asarray, weights)
-    moments = (jax.tree.map(jnp.zeros_like, weights),) * 2
-    for step, x, y, rate in batches:
-        before = jax.tree.map(np.asarray, weights)
-        weights, moments, value = update(weights, moments, step, x, y, rate)
-        yield Record(step, before, float(value))
-    yield Record(step + 1, jax.tree.map(np.asarray, weights), float(value))
+    def train(weights, batches):
+        m = v = jax.tree.map(np.zeros_like, weights)
+        for step, (x, y, rate) in enumerate(batches, start=1):
+            weights, m, v, value = update(weights, m, v, step, x, y, rate)
+            yield weights, float(value)
+
+    return train
+
+
+def set_up(framework):
+    """The layer and the trainer of a framework, in double precision."""
+    if framework == "torch":
+        import torch
+        from optlayers.torch import CvxpyLayer
+
+        torch.set_num_threads(1)  # the matrices are tiny: threads would only wait for one another
+        return CvxpyLayer, torch_trainer
+    import jax
+    from optlayers.jax import CvxpyLayer
+
+    jax.config.update("jax_enable_x64", True)
+    print("JAX compiles the first step of either model, which takes some seconds.")
+    return CvxpyLayer, jax_trainer
+
+
+# %% [markdown]
+# ## The experiment
+#
+# Where the polygon starts decides which faces end up unused; of a few starts, the one with the least training
+# loss counts.
+
+
+# %%
+class Fit(NamedTuple):
+    """Weights after some steps, in NumPy, from 0 to the last; the test error with each; the training loss."""
+
+    steps: list
+    weights: list
+    errors: list
+    loss: float
+
+
+def mean_square(a, b):
+    return np.mean((a - b) ** 2)
+
+
+def fit(train, exact, first, batches, steps, data, test):
+    """Train, and judge some of the weights on the way by `exact`, the model in NumPy."""
+    keep = set(np.geomspace(1, steps, 50).astype(int))
+    path = {0: first}
+    for step, (weights, _) in enumerate(train(first, batches), start=1):
+        if step in keep:
+            path[step] = [np.array(w) for w in weights]
+    errors = [mean_square(exact(w, test[0]), test[1]) for w in path.values()]
+    return Fit([*path], [*path.values()], errors, mean_square(exact(path[steps], data[0]), data[1]))
+
+
+def fit_polytopes(CvxpyLayer, trainer, rng, size, data, test):
+    """The fits of all starts, the best first."""
+    train, fits = trainer(projection(CvxpyLayer)), []
+    for k in range(size.restarts):
+        batches = minibatches(rng, data, size.batch, size.steps, 0.03, f"polytope {k + 1}/{size.restarts}")
+        fits.append(fit(train, project, first_faces(rng), batches, size.steps, data, test))
+    return sorted(fits, key=lambda fit: fit.loss)
+
+
+def fit_mlp(trainer, rng, size, data, test):
+    batches = minibatches(rng, data, size.batch, size.mlp_steps, 0.01, "MLP")
+    return fit(trainer(mlp), mlp, first_weights(rng), batches, size.mlp_steps, data, test)
+
+
+class Result(NamedTuple):
+    true: tuple
+    data: tuple
+    polytopes: list
+    mlp: Fit
+    iou: float
+    seconds: tuple
+
+
+def run(framework="torch", seed=0, size=None):
+    """Make the data, fit both models, measure."""
+    size, rng = size or Size(), np.random.default_rng(seed)
+    CvxpyLayer, trainer = set_up(framework)
+    true, data, test = make_data(rng, size)
+    start = time.perf_counter()
+    polytopes = fit_polytopes(CvxpyLayer, trainer, rng, size, data, test)
+    middle = time.perf_counter()
+    mlp_fit = fit_mlp(trainer, rng, size, data, test)
+    seconds = middle - start, time.perf_counter() - middle
+    return Result(true, data, polytopes, mlp_fit, iou(true, polytopes[0].weights[-1]), seconds)
+
+
+def print_table(result):
+    rows = [
+        ("polytope", result.polytopes[0], f"{result.iou:.4f}", result.seconds[0]),
+        (f"MLP {HIDDEN}x{HIDDEN}", result.mlp, "-", result.seconds[1]),
+    ]
+    print(f"\n{'method':<12}{'test MSE':>10}{'IoU':>9}{'seconds':>9}{'parameters':>12}")
+    for method, fit, overlap, seconds in rows:
+        count = sum(w.size for w in fit.weights[-1])
+        print(f"{method:<12}{fit.errors[-1]:>10.1e}{overlap:>9}{seconds:>9.1f}{count:>12}")
+
+
+# %% [markdown]
+# ## The picture
+
+# %%
+INK, GREY, BLUE, ORANGE, PURPLE = "#1f2933", "#9aa5b1", "#dbe7f5", "#e8590c", "#6741d9"
+
+
+def outline(axes, vertices, **style):
+    axes.plot(*np.append(vertices, vertices[:1], 0).T, **style)
+
+
+def draw_polytopes(axes, result, arrows=70):
+    """Left panel: some pairs, the true polytope, and the learned one at a few times of its training."""
+    x, y = (part[:arrows] for part in result.data)
+    axes.quiver(*x.T, *(y - x).T, angles="xy", scale_units="xy", scale=1, width=0.002, headwidth=5, color=GREY)
+    axes.scatter(*x.T, s=9, color=GREY, zorder=2)
+    true, best = polygon(*result.true), result.polytopes[0]
+    axes.fill(*true.T, facecolor=BLUE, edgecolor=INK, linewidth=5, joinstyle="round", zorder=1, label="true polytope")
+    for share in (0, 0.25, 0.45):
+        k = np.searchsorted(best.steps, share * best.steps[-1] * 0.2)
+        outline(axes, polygon(*best.weights[k]), color=ORANGE, linewidth=1, alpha=0.6, zorder=3)
+    outline(axes, polygon(*best.weights[-1]), color=ORANGE, linewidth=2, zorder=4, label="learned")
+    axes.set(aspect="equal", xticks=[], yticks=[], xlim=(-2.1, 2.1), ylim=(-2.1, 2.1))
+    axes.set_frame_on(False)
+
+
+def draw_errors(axes, result):
+    """Right panel: the error on noiseless test pairs during training."""
+    for fit in result.polytopes[:0:-1]:
+        axes.loglog(fit.steps, fit.errors, color=ORANGE, linewidth=1, alpha=0.4)
+    axes.loglog(result.polytopes[0].steps, result.polytopes[0].errors, color=ORANGE, linewidth=2.5)
+    axes.loglog(result.mlp.steps, result.mlp.errors, color=PURPLE, linewidth=2.5)
+    axes.axhline(NOISE**2, color=INK, linewidth=1, linestyle=":")
+    axes.set(xlabel="step", ylabel="mean squared error")
+
+
+def draw(result, path):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.8, 5.6), layout="constrained")
+    draw_polytopes(left, result)
+    draw_errors(right, result)
+    figure.savefig(path, dpi=150)
+
+
+# %%
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Learn a convex polytope from projections on it.")
+    parser.add_argument("--framework", choices=("torch", "jax"), default="torch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="polytope.png", help="where to write the picture")
+    parser.add_argument("--quick", action="store_true", help="fewer pairs and steps, one start")
+    return parser.parse_args([] if IS_NOTEBOOK else None)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    result = run(arguments.framework, arguments.seed, QUICK if arguments.quick else Size())
+    print_table(result)
+    draw(result, arguments.output)
+    print(f"\nPicture: {arguments.output}")

@@ -1,4 +1,4 @@
-"""What tests assert, and the oracle: CVXPY's cone program, solved by Clarabel and polished on its active set."""
+"""What tests assert, and the oracle: CVXPY's cone program, solved by Clarabel and then on its active rows."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 
 def assert_close(actual, expected, tolerance, what=""):
-    """Same shape, and a difference of at most `tolerance` relative to the largest entry of `expected` (or 1)."""
+    """Same shape, and no entry off by more than `tolerance`, relative to the largest expected one or to 1."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
     assert np.isfinite(actual).all(), f"{what}: not finite"
@@ -33,7 +33,7 @@ def assert_kkt(program, x, y, s, tolerance):
 def solve_exactly(problem, parameters, variables, values, margin=1e-6):
     """The variables at these parameter values, right to about 1e-12 relative.
 
-    Clarabel's solution tells which rows are active; they turn the optimality conditions into linear equations.
+    Clarabel's solution tells which rows are active; then the optimality conditions are linear equations.
     Asserts that the solution of these satisfies all conditions and has strictly complementary rows by
     `margin`, so that it is differentiable, too. Polyhedral problems only.
     """
@@ -63,7 +63,7 @@ def solve_exactly(problem, parameters, variables, values, margin=1e-6):
 
 
 def _polish(P, q, A, b, is_active, x, z):
-    """The point nearest to (x, z) that solves P x + q + A'z = 0 with A x = b on active rows, z = 0 on others."""
+    """The point nearest to (x, z) with P x + q + A'z = 0, A x = b on active rows and z = 0 on the others."""
     n, active = q.size, A[is_active]
     K = np.block([[P, active.T], [active, np.zeros((len(active), len(active)))]])
     rhs, w = np.concatenate([-q, b[is_active]]), np.concatenate([x, z[is_active]])

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+
 from frontends import FRONTENDS
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves torch its share of a GPU

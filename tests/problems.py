@@ -48,7 +48,7 @@ def _matrix(rng, rows, columns, density):
 
 
 def random_lp(rng, n, m, equalities=0, density=1.0):
-    """A linear program whose solution is a vertex: as many active rows as variables, all multipliers positive."""
+    """A linear program solved by one vertex: as many active rows as variables, all multipliers positive."""
     A = _matrix(rng, equalities + m, n, density)
     return _from_pair(rng, np.zeros((n, n)), A, equalities, n - equalities)
 
@@ -83,7 +83,7 @@ class Family:
     shared: tuple[int, ...] = ()
 
     def batch(self, rng, size):
-        """Values of all parameters for `size` problems, a batch axis in front of those that are not shared."""
+        """Values of all parameters for `size` problems, with a batch axis in front unless shared."""
         samples = [self.sample(rng) for _ in range(size)]
         columns = zip(*samples, strict=True)
         return [
@@ -286,7 +286,7 @@ def model_predictive_control():
     horizon, dynamics, gain = 6, np.array([[1.0, 0.3], [0.0, 1.0]]), np.array([[0.04], [0.3]])
     start = cp.Parameter(2, name="start")
     x, u = cp.Variable((horizon + 1, 2)), cp.Variable((horizon, 1))
-    constraints = [x[0] == start, x[1:].T == dynamics @ x[:-1].T + gain @ u.T, cp.abs(u) <= 0.4]
+    constraints = [x[0] == start, dynamics @ x[:-1].T + gain @ u.T == x[1:].T, cp.abs(u) <= 0.4]
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + 0.1 * cp.sum_squares(u)), constraints)
     return Family(problem, [start], [u, x], lambda rng: [rng.choice([-1, 1]) * rng.uniform(0.7, 1.5, 2)])
 
@@ -328,12 +328,26 @@ def several_variables():
     F, g, budget = cp.Parameter((2, 3), name="F"), cp.Parameter(2, name="g"), cp.Parameter(name="budget")
     x, Y, t = cp.Variable(3), cp.Variable((2, 2)), cp.Variable()
     objective = cp.sum_squares(x - 1) + cp.sum_squares(Y - t) + 0.5 * t**2 + cp.sum(Y @ g)
-    problem = cp.Problem(cp.Minimize(objective), [F @ x == Y[0], cp.norm1(x) <= budget, Y <= 0.5 + t])
+    problem = cp.Problem(cp.Minimize(objective), [F @ x == Y[0], cp.norm1(x) <= budget, Y - t <= 0.5])
 
     def sample(rng):
         return rng.standard_normal((2, 3)), rng.standard_normal(2), rng.uniform(0.5, 1)
 
     return Family(problem, [F, g, budget], [t, Y, x], sample)
+
+
+def redundant_rows():
+    """Every constraint twice: the multipliers are not unique, the solution and its derivative are."""
+    A, b, q = cp.Parameter((4, 3), name="A"), cp.Parameter(4, name="b"), cp.Parameter(3, name="q")
+    C, x = np.array([[1.0, 2.0, -1.0]]), cp.Variable(3)
+    constraints = [A @ x <= b, 2 * A @ x <= 2 * b, C @ x == 1, C @ x == 1]
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) / 2 + q @ x), constraints)
+
+    def sample(rng):
+        A = rng.standard_normal((4, 3))
+        return A, A @ np.linalg.pinv(C)[:, 0] + rng.uniform(0.1, 0.3, 4), 2 * rng.standard_normal(3)
+
+    return Family(problem, [A, b, q], [x], sample)
 
 
 FAMILIES = {
@@ -342,6 +356,6 @@ FAMILIES = {
         *(lp, chebyshev_regression, qp, qp_low_rank, qp_shared, quad_form),
         *(least_squares, equality_constrained, nonnegative_least_squares, lasso, huber),
         *(portfolio, box_projection, simplex_projection, support_vector_machine, model_predictive_control),
-        *(symmetric_variable, scalars, three_dimensional, several_variables),
+        *(symmetric_variable, scalars, three_dimensional, several_variables, redundant_rows),
     )
 }

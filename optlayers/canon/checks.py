@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import cvxpy as cp
 from cvxpy.atoms.affine.binary_operators import DivExpression, MulExpression
 from cvxpy.atoms.elementwise.power import Power
 from cvxpy.atoms.quad_form import QuadForm
-from cvxpy.constraints import FiniteSet, PowCone3D, PowConeND
+from cvxpy.constraints.finite_set import FiniteSet
+from cvxpy.constraints.power import PowCone3D, PowConeND
 from cvxpy.reductions.dcp2cone.canonicalizers import CANON_METHODS
 from cvxpy.transforms.partial_optimize import PartialProblem
 from cvxpy.utilities.scopes import dpp_scope, quad_form_dpp_scope
+
+# An expression, a constraint, an objective or a problem: CVXPY has no type that these share.
+Node = Any
 
 _QUAD_FORM_REMEDY = (
     "A parameter P is possible in quad_form(x, P) only where it is a term of the objective and x has no "
@@ -46,11 +51,11 @@ def _check_entries(argument: str, entries: Sequence, kind: type) -> None:
     for i, entry in enumerate(entries):
         if not isinstance(entry, kind):
             raise ValueError(
-                f"{argument}[{i}] must be a cvxpy.{kind.__name__}, got {_type_name(entry)}: {_text(entry)}."
+                f"{argument}[{i}] must be a cvxpy.{kind.__name__}, got {_type_name(entry)}: {text(entry)}."
             )
         if entry.id in first:
             raise ValueError(
-                f"{argument}[{i}] ({_text(entry)}) is a duplicate of {argument}[{first[entry.id]}]: "
+                f"{argument}[{i}] ({text(entry)}) is a duplicate of {argument}[{first[entry.id]}]: "
                 "list each once."
             )
         first[entry.id] = i
@@ -69,7 +74,7 @@ def _check_continuous(problem: cp.Problem) -> None:
     for constraint in problem.constraints:
         if isinstance(constraint, FiniteSet):
             raise ValueError(
-                f"The constraint {_text(constraint)} is a FiniteSet, which makes the problem discrete: its "
+                f"The constraint {text(constraint)} is a FiniteSet, which makes the problem discrete: its "
                 "solution has no derivative. Use a continuous relaxation."
             )
 
@@ -79,23 +84,24 @@ def _check_disciplined(problem: cp.Problem, gp: bool) -> None:
     rule = "DGP" if gp else "DCP"
     if not (problem.is_dgp() if gp else problem.is_dcp()):
         place, offender = _find_offender(problem, gp, dpp=False)
-        hint = "" if gp or not problem.is_dgp() else " It is a geometric program: pass gp=True."
+        is_other = not gp and problem.is_dgp()
         raise ValueError(
-            f"The problem is not {rule}: {place}, {_text(offender)} does not follow the rules. Rewrite it "
-            f"with atoms and signs of known curvature.{hint}"
+            f"The problem is not {rule}: {place}, {text(offender)} does not follow the rules. "
+            + ("It is a geometric program: pass gp=True." if is_other else _curvature_remedy(offender))
         )
-    if not (problem.is_dpp("dgp") if gp else problem.is_dpp("dcp", quad_form_dpp="qp")):
+    is_dpp: Callable[..., bool] = problem.is_dpp
+    if not (is_dpp("dgp") if gp else is_dpp("dcp", quad_form_dpp="qp")):
         place, offender = _find_offender(problem, gp, dpp=True)
         raise ValueError(
             f"The problem is {rule}, but not DPP (its data must be affine in the parameters): {place}, "
-            f"the sub-expression {_text(offender)} is the smallest that breaks the rule. {_remedy(offender)}"
+            f"the sub-expression {text(offender)} is the smallest that breaks the rule. {_remedy(offender)}"
         )
 
 
-def _find_offender(problem: cp.Problem, gp: bool, dpp: bool) -> tuple[str, object]:
+def _find_offender(problem: cp.Problem, gp: bool, dpp: bool) -> tuple[str, Node]:
     """Where the problem breaks the rules, in words, and the smallest expression that does."""
     roots = [("in the objective", problem.objective)]
-    roots += [(f"in constraint {i}, {_text(c)}", c) for i, c in enumerate(problem.constraints)]
+    roots += [(f"in constraint {i}, {text(c)}", c) for i, c in enumerate(problem.constraints)]
     for place, root in roots:
         is_relaxed = dpp and not gp and root is problem.objective
         holds = partial(_holds, "is_dgp" if gp else "is_dcp", dpp, is_relaxed)
@@ -110,7 +116,7 @@ def _find_offender(problem: cp.Problem, gp: bool, dpp: bool) -> tuple[str, objec
     return "in the bounds of a variable", bounded[0]
 
 
-def _holds(rule: str, dpp: bool, is_relaxed: bool, node: object) -> bool:
+def _holds(rule: str, dpp: bool, is_relaxed: bool, node: Node) -> bool:
     """Whether `node` follows the rule, with its parameters taken as affine if `dpp`, else as constants.
 
     With `is_relaxed`, quad_form may have a parameter as its matrix, as CVXPY allows in the objective of a
@@ -124,29 +130,44 @@ def _holds(rule: str, dpp: bool, is_relaxed: bool, node: object) -> bool:
         return getattr(node, rule)()
 
 
-def _smallest(expressions: Iterable, holds: Callable[[object], bool]) -> object | None:
+def _smallest(expressions: Iterable[Node], holds: Callable[[Node], bool]) -> Node | None:
     """The first expression that does not hold and whose arguments all do, or None."""
     for expression in expressions:
-        if isinstance(expression, cp.Expression) and not holds(expression):
-            inner = _smallest(expression.args, holds)
+        if not holds(expression):
+            inner = _smallest(_arguments(expression), holds)
             return expression if inner is None else inner
     return None
 
 
-def _curved_parameters(root: object, is_affine: Callable[[object], bool]) -> Iterator:
+def _arguments(node: Node) -> list[Node]:
+    """The arguments of a node; of a problem (as partial_optimize has it), its objective and constraints."""
+    return [node.objective, *node.constraints] if isinstance(node, cp.Problem) else node.args
+
+
+def _curved_parameters(root: Node, is_affine: Callable[[Node], bool]) -> Iterator:
     """The largest sub-expressions of parameters alone that are not affine in them.
 
     They are what is wrong where every sub-expression has a curvature, but not the one that its place
     needs, as in x <= exp(p).
     """
-    for expression in root.args:
+    for expression in _arguments(root):
         if not expression.variables() and expression.parameters() and not is_affine(expression):
             yield expression
         else:
             yield from _curved_parameters(expression, is_affine)
 
 
-def _remedy(offender: object) -> str:
+def _curvature_remedy(offender: Node) -> str:
+    """How to rewrite an expression that is not DCP, or not DGP."""
+    if isinstance(offender, QuadForm) and offender.args[1].parameters():
+        return "Declare the parameter positive or negative semidefinite: cvxpy.Parameter((n, n), PSD=True)."
+    return (
+        "Rewrite it with atoms of known curvature; a parameter or variable may need a declared sign, such as "
+        "nonneg=True, or pos=True in a geometric program."
+    )
+
+
+def _remedy(offender: Node) -> str:
     """How to rewrite an expression that is not DPP."""
     if isinstance(offender, QuadForm):
         return _QUAD_FORM_REMEDY
@@ -154,8 +175,8 @@ def _remedy(offender: object) -> str:
         return "Make its value one new cvxpy.Parameter, and compute it outside of the problem."
     if isinstance(offender, Power):
         return (
-            "An exponent can be a parameter only in a geometric program (gp=True), and only on a base without "
-            "parameters: make it a constant."
+            "An exponent can be a parameter only in a geometric program (gp=True), and only on a base "
+            "without parameters: make it a constant."
         )
     if isinstance(offender, DivExpression):
         return "Multiply by a new cvxpy.Parameter that stands for the reciprocal of the denominator."
@@ -177,7 +198,7 @@ def _check_baked_in(problem: cp.Problem, gp: bool) -> None:
     for constraint in problem.constraints:
         if isinstance(constraint, (PowCone3D, PowConeND)) and constraint.alpha.parameters():
             raise ValueError(
-                f"The exponent of the power cone {_text(constraint)} has a parameter: make it a constant."
+                f"The exponent of the power cone {text(constraint)} has a parameter: make it a constant."
             )
     if gp:
         return
@@ -185,21 +206,17 @@ def _check_baked_in(problem: cp.Problem, gp: bool) -> None:
     # objective becomes P; everywhere else quad_form is factored with the value that its matrix has now.
     for form in _conic_quad_forms(problem.objective, is_head=True):
         raise ValueError(
-            f"In the objective, {_text(form)} is not a plain term of the sum. {_QUAD_FORM_REMEDY}"
+            f"In the objective, {text(form)} is not a plain term of the sum. {_QUAD_FORM_REMEDY}"
         )
 
 
-def _conic_quad_forms(node: object, is_head: bool) -> Iterator[QuadForm]:
+def _conic_quad_forms(node: Node, is_head: bool) -> Iterator[QuadForm]:
     """The quad_forms with a parameter as matrix that will not become a part of P."""
-    if isinstance(node, PartialProblem):
-        inner = node.args[0]
-        args, is_head = [inner.objective, *inner.constraints], False
-    else:
-        args = node.args
     if isinstance(node, QuadForm) and node.args[1].parameters() and not is_head:
         yield node
-    for arg in args:
-        yield from _conic_quad_forms(arg, is_head and type(node) not in CANON_METHODS)
+    is_head = is_head and not isinstance(node, PartialProblem) and type(node) not in CANON_METHODS
+    for arg in _arguments(node):
+        yield from _conic_quad_forms(arg, is_head)
 
 
 def _check_parameters(problem: cp.Problem, parameters: Sequence[cp.Parameter]) -> None:
@@ -208,7 +225,7 @@ def _check_parameters(problem: cp.Problem, parameters: Sequence[cp.Parameter]) -
     for i, parameter in enumerate(parameters):
         if parameter.id not in expected:
             raise ValueError(
-                f"parameters[{i}] ({_text(parameter)}) is not a parameter of the problem, whose parameters "
+                f"parameters[{i}] ({text(parameter)}) is not a parameter of the problem, whose parameters "
                 f"are {_names(expected.values())}. Leave it out of the list."
             )
     given = {p.id for p in parameters}
@@ -247,7 +264,7 @@ def _names(leaves: Iterable) -> str:
     return ", ".join(str(leaf) for leaf in leaves) or "none"
 
 
-def _text(node: object, limit: int = 200) -> str:
-    """`node` as CVXPY writes it, cut to a length that a message can hold."""
-    text = " ".join(str(node).split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def text(node: Node, limit: int = 200) -> str:
+    """Returns `node` as CVXPY writes it, cut to a length that a message can hold."""
+    written = " ".join(str(node).split())
+    return written if len(written) <= limit else written[: limit - 3] + "..."

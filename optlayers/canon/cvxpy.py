@@ -16,8 +16,9 @@ from dataclasses import replace
 import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
+from cvxpy.version import version as cvxpy_version
 
-from .checks import check
+from .checks import check, text
 from .program import AffineMap, Block, Output, Program
 from .reduction import Reduction, cones, pieces, recover_dual, recover_primal, reduce
 
@@ -53,8 +54,9 @@ def canonicalize(
     check(problem, parameters, variables, gp)
     reduction = reduce(problem, gp, canon_backend)
     blocks, theta = _theta(reduction, parameters)
-    blocks, data = _drop_unused(blocks, _data(reduction, theta))
-    return Program(cones(reduction), *data, blocks, _outputs(reduction, variables, gp))
+    blocks, (P, q, A, b) = _drop_unused(blocks, _data(reduction, theta))
+    _refuse_nonfinite(P, q, A, b)
+    return Program(cones(reduction), P, q, A, b, blocks, _outputs(reduction, variables, gp))
 
 
 def _theta(
@@ -74,7 +76,7 @@ def _theta(
     theta = sp.csr_array((coefs, (rows, cols)), (k + 1, start + 1))
     if np.any(np.diff(theta.indptr) == 0):
         raise ValueError(
-            f"CVXPY {cp.__version__} made a parameter of which no user's parameter is the source."
+            f"CVXPY {cvxpy_version} made a parameter of which no user's parameter is the source."
         )
     return tuple(blocks), theta
 
@@ -149,6 +151,20 @@ def _affine_map(
     return AffineMap(shape, positions[used], constant, rows[varying], cols, entries.data[varying])
 
 
+def _refuse_nonfinite(P: AffineMap, q: AffineMap, A: AffineMap, b: AffineMap) -> None:
+    """Refuses constants that are not finite; only b may hold +inf, where a constraint says nothing."""
+    bound = b.constant[b.constant != np.inf]
+    for place, arrays in {
+        "objective": (P.constant, P.coefs, q.constant, q.coefs),
+        "constraints": (A.constant, A.coefs, bound, b.coefs),
+    }.items():
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise ValueError(
+                f"A constant in the {place} is infinite or not a number: make it finite, or leave out the "
+                "term or bound that it is in."
+            )
+
+
 def _drop_unused(
     blocks: tuple[Block, ...], data: tuple[AffineMap, ...]
 ) -> tuple[tuple[Block, ...], tuple[AffineMap, ...]]:
@@ -188,9 +204,9 @@ def _outputs(reduction: Reduction, variables: Sequence[cp.Variable], gp: bool) -
 def _no_dual_message(problem: cp.Problem, variable: cp.Variable) -> str:
     owner = next(c for c in problem.constraints if variable.id in {v.id for v in c.dual_variables})
     return (
-        f"The dual variable {variable} of the {type(owner).__name__} constraint {owner} is not available: "
-        "CVXPY does not recover the duals of this constraint (as for complex second-order cones and "
-        "approximated cones). Leave it out, or write the constraint in another form."
+        f"The dual variable {variable} of the {type(owner).__name__} constraint {text(owner)} is not "
+        "available: CVXPY does not recover the duals of this constraint (as for complex second-order cones "
+        "and approximated cones). Leave it out, or write the constraint in another form."
     )
 
 
@@ -202,10 +218,10 @@ def _probes(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _output(source: str, values: list[np.ndarray], probes: tuple[np.ndarray, ...], exp: bool) -> Output:
     """The output whose values are `values` where the source is each of `probes`."""
-    indices, coefs = _selection([np.ravel(v.real) for v in values], probes)
+    indices, coefs = _selection([np.ravel(np.real(v)) for v in values], probes)
     if not np.iscomplexobj(values[0]):
         return Output(values[0].shape, source, indices, coefs, exp=exp)
-    imaginary = _selection([np.ravel(v.imag) for v in values], probes)
+    imaginary = _selection([np.ravel(np.imag(v)) for v in values], probes)
     return Output(values[0].shape, source, indices, coefs, *imaginary, exp=exp)
 
 
@@ -222,5 +238,5 @@ def _selection(values: list[np.ndarray], probes: tuple[np.ndarray, ...]) -> tupl
     expected = np.zeros(coefs.shape)
     expected[~is_zero] = coefs[~is_zero] * probes[2][indices[~is_zero]]
     if not np.allclose(expected, values[2], rtol=1e-9, atol=0.0):
-        raise ValueError(f"CVXPY {cp.__version__} recovers an output that is not an entry of the solution.")
+        raise ValueError(f"CVXPY {cvxpy_version} recovers an output that is not an entry of the solution.")
     return indices, coefs

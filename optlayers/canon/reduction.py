@@ -14,10 +14,16 @@ import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
 from cvxpy import settings
-from cvxpy.constraints import SOC, ExpCone, NonNeg, PowCone3D, PowConeND, SvecPSD, Zero
+from cvxpy.constraints.exponential import ExpCone
+from cvxpy.constraints.nonpos import NonNeg
+from cvxpy.constraints.power import PowCone3D, PowConeND
+from cvxpy.constraints.psd import SvecPSD
+from cvxpy.constraints.second_order import SOC
+from cvxpy.constraints.zero import Zero
 from cvxpy.lin_ops.lin_op import CONSTANT_ID
 from cvxpy.reductions.chain import Chain
 from cvxpy.reductions.dcp2cone.cone_matrix_stuffing import ConeMatrixStuffing, ParamConeProg
+from cvxpy.reductions.dcp2cone.dcp2cone import Dcp2Cone
 from cvxpy.reductions.dgp2dcp.dgp2dcp import Dgp2Dcp
 from cvxpy.reductions.eliminate_zero_sized import EliminateZeroSized
 from cvxpy.reductions.solution import Solution
@@ -26,6 +32,7 @@ from cvxpy.reductions.solvers.solver import expand_cones
 from cvxpy.reductions.solvers.solving_chain import resolve_and_build_chain
 from cvxpy.reductions.solvers.utilities import extract_dual_value, get_dual_values
 from cvxpy.utilities.psd_utils import TriangleKind
+from cvxpy.version import version as cvxpy_version
 
 from ..cones import Cones
 
@@ -71,7 +78,7 @@ def reduce(problem: cp.Problem, gp: bool, canon_backend: str | None) -> Reductio
         for r in chain.reductions
     ]
     # cvxpy.perspective canonicalizes its function for the solver of this name; Clarabel's cones are ours.
-    chain.solver_context.solver_name = settings.CLARABEL
+    chain.get(Dcp2Cone).solver_context.solver_name = settings.CLARABEL
     data, inverse_data = chain.apply(problem)
     cone_program = data[settings.PARAM_PROB]
     _refuse_unknown(data, cone_program)
@@ -85,7 +92,7 @@ def cones(reduction: Reduction) -> Cones:
     pownd = [tuple(float(a) for a in weights) for weights in dims.pnd]
     product = Cones(dims.zero, dims.nonneg, tuple(dims.soc), tuple(dims.psd), dims.exp, (*pow3d, *pownd))
     if product.rows != reduction.m:
-        raise ValueError(f"CVXPY {cp.__version__} gives {reduction.m} rows for cones of {product.rows}.")
+        raise ValueError(f"CVXPY {cvxpy_version} gives {reduction.m} rows for cones of {product.rows}.")
     return product
 
 
@@ -264,6 +271,6 @@ def _refuse_unknown(data: dict, cone_program: ParamConeProg) -> None:
     names = [k for k, v in found.items() if not (v is None or (isinstance(v, (list, tuple, dict)) and not v))]
     if names:
         raise ValueError(
-            f"CVXPY {cp.__version__} puts a part of this problem in {', '.join(names)}, which OptLayers does "
+            f"CVXPY {cvxpy_version} puts a part of this problem in {', '.join(names)}, which OptLayers does "
             "not read. Use a version of CVXPY that OptLayers was tested with."
         )

@@ -20,7 +20,7 @@ from ..linalg.kkt import Factor, Problem, Scaled, factorize, matvec, solve_refin
 from ..linalg.rows import flatten, project_linearized, shapes, unflatten
 from ..ops import Array, Ops, select
 from ..solvers.admm import ADMM
-from ..solvers.base import Progress, Solver, conclude, run, start
+from ..solvers.base import RUNNING, Progress, Solver, conclude, run, start
 from ..solvers.newton import smallest_regularization
 from ..solvers.scaling import equilibrate
 from ..status import Status, check
@@ -84,7 +84,8 @@ class ConicSolve:
         progress = start(ops, self.cones, problem, scaling, *point)
         progress = progress._replace(status=ops.where(finite, progress.status, Status.NON_FINITE.code))
         for solver in self.solvers:
-            progress = run(ops, solver, self.cones, problem, scaling, progress, self.eps)
+            more = lambda p, solver=solver: run(ops, solver, self.cones, problem, scaling, p, self.eps)
+            progress = ops.cond(ops.any(progress.status == RUNNING), more, lambda p: p, progress)
         best, status, iterations = self._final_factor(ops, problem, conclude(ops, progress, self.eps))
         if self.check:
             ops.on_host(check, status, best.residual)

@@ -40,7 +40,8 @@ class _Split(NamedTuple):
 def _split(affine: AffineMap, is_batched: np.ndarray, column: np.ndarray) -> _Split:
     """Split the terms of a map by whether their entry of theta is batched; `column` renumbers theta."""
     constant = np.zeros(math.prod(affine.shape))
-    constant[affine.positions] = affine.constant
+    # An infinite right-hand side is expressed by the bounds of its row.
+    constant[affine.positions] = np.where(np.isinf(affine.constant), 0.0, affine.constant)
     positions, cols = affine.positions[affine.rows], affine.cols
 
     def terms(mask):
@@ -84,8 +85,16 @@ def evaluate(ops: Ops, program: Program, values: Sequence[Array], like: Array) -
         return ops.reshape(flat, (*flat.shape[:-1], *split.shape))
 
     P, q, A, b = (build(split) for split in _splits(program, batched))
-    lower, upper = (ops.constant(bound, like) for bound in polyhedral_bounds(program.cones))
+    lower, upper = (ops.constant(bound, like) for bound in _bounds(program))
     return Problem(P, q, A, b, lower, upper)
+
+
+def _bounds(program: Program) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of the slack on the polyhedral rows; none where b is infinite, which says nothing."""
+    lower, upper = polyhedral_bounds(program.cones)
+    free = program.b.positions[np.isinf(program.b.constant)]
+    lower[free] = -np.inf
+    return lower, upper
 
 
 def read(ops: Ops, output: Output, solution: ConicSolution) -> Array:

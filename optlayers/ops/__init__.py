@@ -127,6 +127,14 @@ class Ops(Protocol):
         """`function` of the arrays as NumPy arrays, now, or never where they are only traced."""
         ...
 
+    def call_host(self, function: Callable, shapes: Sequence[Sequence[int]], active: Array, *arrays: Array):
+        """`function` of NumPy arrays, its results (float arrays of these shapes) back on the device.
+
+        Args:
+            active: which problems matter; under a vectorising map all arrays get its axes in front as well.
+        """
+        ...
+
     def call_detached(self, function: Callable, *args: Any) -> Array:
         """`function(*args)` with no derivative with respect to anything."""
         ...

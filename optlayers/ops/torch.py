@@ -163,6 +163,11 @@ def on_host(function, *arrays):
     function(*(x.detach().cpu().numpy() for x in arrays))
 
 
+def call_host(function, shapes, active, *arrays):
+    results = function(*(x.cpu().numpy() for x in (active, *arrays)))
+    return [torch.as_tensor(x, dtype=arrays[0].dtype, device=arrays[0].device) for x in results]
+
+
 def _detach(tree):
     return torch.utils._pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
 

@@ -54,7 +54,7 @@ class ADMM:
     refine: int = 5
     scaling: int = 5
 
-    def init(self, ops: Ops, cones: Cones, problem: Problem, x: Array, v: Array) -> _AdmmState:
+    def init(self, ops: Ops, cones: Cones, problem: Problem, x: Array, v: Array, active: Array) -> _AdmmState:
         rho = ops.full((x.shape[0], 1), self.rho, x)
         # v = s - y and w = s - y / R: the same point seen with another weight on the multipliers.
         s = project(ops, cones, problem.bounds, v)

@@ -2,8 +2,8 @@
 
 A solver is an immutable record with
 
-    max_iter, check_every, refine, scaling          settings that the loop reads
-    init(ops, cones, problem, x, v) -> state        from a starting point, on the scaled problem
+    max_iter, check_every, refine, scaling          settings that the loop reads (check_every 0: one step)
+    init(ops, cones, problem, x, v, active) -> state    from a starting point, on the scaled problem
     step(ops, cones, problem, state) -> state       `check_every` iterations on the whole batch
     point(ops, cones, problem, state) -> (x, v)     the current primal-dual point
     direction(state) -> Direction                   increments that diverge where there is no solution
@@ -39,7 +39,7 @@ class Solver(Protocol):
     refine: int
     scaling: int
 
-    def init(self, ops: Ops, cones: Cones, problem: Problem, x: Array, v: Array) -> Any: ...
+    def init(self, ops: Ops, cones: Cones, problem: Problem, x: Array, v: Array, active: Array) -> Any: ...
     def step(self, ops: Ops, cones: Cones, problem: Problem, state: Any) -> Any: ...
     def point(self, ops: Ops, cones: Cones, problem: Problem, state: Any) -> tuple[Array, Array]: ...
     def direction(self, state: Any) -> Direction: ...
@@ -51,6 +51,11 @@ class Progress(NamedTuple):
     best: Point
     status: Array
     iterations: Array
+
+
+def rounds(solver: Solver) -> int:
+    """Number of steps that `solver.max_iter` iterations make; one for a solver that counts none."""
+    return -(-solver.max_iter // solver.check_every) if solver.check_every else 1
 
 
 def tolerances(ops: Ops, eps: float, like: Array) -> tuple[float, float, float]:
@@ -92,13 +97,13 @@ def run(
         status = ops.where(running & (best.residual <= accept), Status.SOLVED.code, status)
         certificate = certify(ops, cones, problem, scaling, solver.direction(state))
         status = ops.where(status == RUNNING, certificate, status)
-        return k + solver.check_every, state, Progress(best, status, iterations)
+        return k + 1, state, Progress(best, status, iterations)
 
     def unfinished(carry):
         k, _, progress = carry
-        return (k < solver.max_iter) & ops.any(progress.status == RUNNING)
+        return (k < rounds(solver)) & ops.any(progress.status == RUNNING)
 
-    state = solver.init(ops, cones, problem, progress.best.x, progress.best.v)
+    state = solver.init(ops, cones, problem, progress.best.x, progress.best.v, progress.status == RUNNING)
     return ops.while_loop(unfinished, body, (0, state, progress))[2]
 
 

@@ -15,12 +15,16 @@ from cvxpy.transforms.partial_optimize import partial_optimize
 
 @dataclass
 class Case:
-    """A problem and its parameter values; `has_duals` is False where CVXPY does not recover all duals."""
+    """A problem and its parameter values; `backend` is the one of CVXPY to compare with.
+
+    That is not a backend that `canonicalize` takes by itself, so that a fault in these shows; but CPP
+    cannot do more than two dimensions.
+    """
 
     problem: cp.Problem
     values: dict = field(default_factory=dict)
     gp: bool = False
-    has_duals: bool = True
+    backend: str = "CPP"
 
     @property
     def parameters(self):
@@ -28,10 +32,9 @@ class Case:
 
     @property
     def outputs(self):
-        """All variables and, where there are any, all dual variables."""
-        has_duals = self.has_duals and not self.gp
-        duals = [v for c in self.problem.constraints for v in c.dual_variables] if has_duals else []
-        return self.problem.variables() + duals
+        """All variables and, but for a geometric program, all dual variables."""
+        duals = [v for c in self.problem.constraints for v in c.dual_variables]
+        return self.problem.variables() + (duals if not self.gp else [])
 
     def set_values(self):
         for parameter, value in self.values.items():
@@ -195,7 +198,8 @@ def three_dimensional(rng):
     x = cp.Variable((2, 3, 4))
     t, w = cp.Parameter((2, 3, 4)), cp.Parameter((3, 4))
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - t)), [x[0] <= w, cp.sum(x, axis=2) >= -9])
-    return Case(problem, {t: rng.standard_normal((2, 3, 4)), w: rng.standard_normal((3, 4))})
+    values = {t: rng.standard_normal((2, 3, 4)), w: rng.standard_normal((3, 4))}
+    return Case(problem, values, backend="SCIPY")
 
 
 def scalars(rng):
@@ -396,7 +400,8 @@ def batched_cones(rng):
     X, Y = cp.Variable((2, 3, 3)), cp.Variable((2, 2, 2), symmetric=True)
     t, w = cp.Parameter((2, 3, 3)), cp.Parameter((2, 2, 2))
     problem = cp.Problem(cp.Minimize(cp.sum_squares(X - t) + cp.sum_squares(Y - w)), [cp.PSD(X), Y >= 0])
-    return Case(problem, {t: rng.standard_normal((2, 3, 3)), w: rng.standard_normal((2, 2, 2))})
+    values = {t: rng.standard_normal((2, 3, 3)), w: rng.standard_normal((2, 2, 2))}
+    return Case(problem, values, backend="SCIPY")
 
 
 def imaginary(rng):

@@ -116,6 +116,16 @@ def test_not_dgp():
     assert_says(refusal(minimize(cp.sum(y) - s * y[0]), gp=True), "not DGP", "in the objective")
 
 
+def test_quad_form_with_an_undeclared_matrix():
+    message = refusal(minimize(cp.quad_form(x, cp.Parameter((3, 3), name="M", symmetric=True))))
+    assert_says(message, "not DCP", "QuadForm(x, M)", "PSD=True")
+
+
+def test_parameter_of_unknown_sign():
+    message = refusal(minimize(cp.Parameter(name="c") * cp.norm(x)))
+    assert_says(message, "not DCP", "c * PnormApprox(x, 2) does not", "nonneg=True")
+
+
 def test_geometric_program_without_gp():
     assert_says(refusal(minimize(y[0] * y[1] * y[2])), "not DCP", "pass gp=True")
 
@@ -139,6 +149,11 @@ def test_not_dpp(name):
     assert_says(refusal(problem), "not DPP", f"the sub-expression {offender}", remedy)
 
 
+def test_not_dpp_inside_a_partial_problem():
+    inner = partial_optimize(minimize(cp.norm(x - y), cp.multiply(p, q) + x <= 1), opt_vars=[x])
+    assert_says(refusal(minimize(inner)), "not DPP", "the sub-expression p * q is")
+
+
 def test_not_dpp_as_a_geometric_program():
     message = refusal(minimize(y[0], (s * y[1]) ** s >= 1), gp=True)
     assert_says(message, "is DGP, but not DPP", "in constraint 0", "(s * y[1], None) is", "base without")
@@ -148,6 +163,17 @@ def test_only_the_offending_part_of_a_long_expression_is_named():
     long = cp.sum(cp.multiply(p, cp.multiply(q, x))) + cp.norm(x - p) + cp.exp(x[0])
     message = refusal(minimize(cp.norm(x), x >= 0, long <= s))
     assert_says(message, "in constraint 1", "sub-expression p * q * x is")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_constant_that_is_not_finite(value):
+    assert_says(refusal(minimize(cp.Constant([1, 1, value]) @ x)), "constant in the objective is infinite or")
+    assert_says(refusal(minimize(cp.norm(x), value * x <= 1)), "constant in the constraints is infinite or")
+
+
+def test_infinite_bound_is_no_mistake():
+    program = canonicalize(minimize(cp.norm(x), x <= np.array([1, np.inf, 2])), [], [x])
+    assert np.isposinf(program.b.constant).sum() == 1
 
 
 def test_parameter_in_the_exponent_of_a_power_cone():

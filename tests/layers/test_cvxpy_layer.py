@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from checks import (
     assert_close,
     assert_directional_derivative,

@@ -1,0 +1,246 @@
+"""Well-kept solver libraries for the CPU, one problem of the batch after another.
+
+They solve; the result is refined and differentiated like that of the solvers of this package. One call from
+the device takes the whole batch: see `Ops.call_host`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from ..cones import Cones
+from ..linalg.kkt import Problem
+from ..linalg.rows import project
+from ..ops import Array, Ops
+from .base import Direction
+
+
+class _Program(NamedTuple):
+    """One problem: minimise 1/2 x'Px + q'x, G x + s = h, s in {0}^equal x {s >= 0}^inequalities x cones.
+
+    `rows` maps multipliers z of G to those of the original rows: y = rows @ z.
+    """
+
+    P: sp.csc_array
+    q: np.ndarray
+    G: sp.csc_array
+    h: np.ndarray
+    equal: int
+    inequalities: int
+    cones: Cones
+    rows: sp.csc_array
+
+
+class _HostState(NamedTuple):
+    x: Array
+    y: Array
+    dx: Array
+    dy: Array
+    active: Array
+
+
+class _Answer(NamedTuple):
+    """x (n,), y (m,) and, where there is no solution, the certifying directions; NaN for what is not there."""
+
+    x: np.ndarray
+    y: np.ndarray
+    dx: np.ndarray
+    dy: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Host:
+    """What the host solvers share: one step of the loop is one complete solve on the host.
+
+    Args:
+        max_iter: iteration limit of the library.
+        options: further settings under the library's own names.
+        refine: Newton steps tried on the answer; see `optlayers.solvers.newton`.
+        scaling: equilibration passes.
+    """
+
+    max_iter: int = 10_000
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    check_every: int = 0
+    refine: int = 5
+    scaling: int = 10
+
+    def init(self, ops: Ops, cones: Cones, problem: Problem, x: Array, v: Array, active: Array) -> _HostState:
+        return _HostState(x, 0 * v, 0 * x, 0 * v, active)
+
+    def step(self, ops: Ops, cones: Cones, problem: Problem, state: _HostState) -> _HostState:
+        solve = partial(_solve_batch, self._solve, cones)
+        shapes = [state.x.shape, state.y.shape, state.x.shape, state.y.shape]
+        x, y, dx, dy = ops.call_host(solve, shapes, state.active, *problem)
+        return _HostState(x, y, dx, dy, state.active)
+
+    def point(self, ops: Ops, cones: Cones, problem: Problem, state: _HostState) -> tuple[Array, Array]:
+        slack = problem.b - (state.x[:, None, :] @ problem.A.mT)[:, 0]
+        return state.x, project(ops, cones, problem.bounds, slack) - state.y
+
+    def direction(self, state: _HostState) -> Direction:
+        return Direction(state.dx, state.dy)
+
+    def _solve(self, program: _Program) -> _Answer:
+        raise NotImplementedError
+
+
+def _solve_batch(solve: Callable, cones: Cones, active: np.ndarray, *problem: np.ndarray) -> list[np.ndarray]:
+    """x, y, dx, dy for the active problems, zeros for the others.
+
+    Args:
+        active: (..., B); the matrices and vectors have the same axes in front, or lack the last of them.
+    """
+    lead = active.shape
+
+    def expand(array: np.ndarray, own: int) -> np.ndarray:
+        at = array.ndim - own
+        array = np.expand_dims(array, at) if at < len(lead) else array
+        shape = array.shape[array.ndim - own :]
+        return np.broadcast_to(array, (*lead, *shape)).reshape(-1, *shape)
+
+    data = [expand(array, own) for array, own in zip(problem, (2, 1, 2, 1, 1, 1), strict=True)]
+    (n,), (m,) = data[1].shape[1:], data[3].shape[1:]
+    results = [np.zeros((active.size, k)) for k in (n, m, n, m)]
+
+    def work(i: int) -> None:
+        # The bounds and matrices of a shared problem are read, never written.
+        for result, part in zip(results, solve(_program(cones, *(a[i] for a in data))), strict=True):
+            result[i] = part
+
+    lanes = np.flatnonzero(active)
+    # These libraries release the GIL while they solve.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(work, lanes))
+    return [result.reshape(*lead, -1) for result in results]
+
+
+def _program(cones: Cones, P, q, A, b, l, u) -> _Program:
+    """Bounded rows l <= s <= u become equalities and up to two inequalities each."""
+    k, m = l.shape[0], b.shape[0]
+    equal = np.flatnonzero(l == u)
+    lower = np.flatnonzero(np.isfinite(l) & (l != u))
+    upper = np.flatnonzero(np.isfinite(u) & (l != u))
+    curved = np.arange(k, m)
+    A = sp.csr_array(A)
+    # s >= l is A x + s' = b - l, s' >= 0;  s <= u is -A x + s' = u - b.
+    G = sp.vstack([A[equal], A[lower], -A[upper], A[curved]], format="csc")
+    h = np.concatenate([b[equal] - l[equal], b[lower] - l[lower], u[upper] - b[upper], b[curved]])
+    source = np.concatenate([equal, lower, upper, curved])
+    signs = np.ones(source.size)
+    signs[equal.size + lower.size : equal.size + lower.size + upper.size] = -1
+    rows = sp.csc_array((signs, (source, np.arange(source.size))), shape=(m, source.size))
+    return _Program(sp.csc_array(P), q, G, h, equal.size, lower.size + upper.size, cones, rows)
+
+
+def _answer(program: _Program, outcome: str, x: np.ndarray, z: np.ndarray) -> _Answer:
+    """What a library returned: a solution, or with `outcome` "primal" or "dual" a certificate."""
+    x = np.zeros(program.q.size) if x is None or not np.all(np.isfinite(x)) else np.asarray(x)
+    z = np.zeros(program.h.size) if z is None or not np.all(np.isfinite(z)) else np.asarray(z)
+    y = program.rows @ z
+    none_x, none_y = 0 * x, 0 * y
+    if outcome == "primal":
+        return _Answer(none_x, none_y, none_x, y)
+    if outcome == "dual":
+        return _Answer(none_x, none_y, x, none_y)
+    return _Answer(x, y, none_x, none_y)
+
+
+@dataclass(frozen=True)
+class Clarabel(_Host):
+    """Clarabel: an interior-point method for every cone (Goulart and Chen 2024)."""
+
+    def _solve(self, program: _Program) -> _Answer:
+        import clarabel
+
+        settings = clarabel.DefaultSettings()
+        settings.verbose = False
+        settings.max_threads = 1
+        for name in ("tol_gap_abs", "tol_gap_rel", "tol_feas"):
+            setattr(settings, name, 1e-10)
+        settings.max_iter = self.max_iter
+        for name, value in self.options.items():
+            setattr(settings, name, value)
+        kinds = [(clarabel.ZeroConeT, program.equal), (clarabel.NonnegativeConeT, program.inequalities)]
+        cones = [kind(size) for kind, size in kinds if size]
+        cones += [clarabel.SecondOrderConeT(size) for size in program.cones.soc]
+        cones += [clarabel.PSDTriangleConeT(order) for order in program.cones.psd]
+        cones += [clarabel.ExponentialConeT() for _ in range(program.cones.exp)]
+        for weights in program.cones.pow:
+            is_3d = len(weights) == 2
+            cones.append(clarabel.PowerConeT(weights[0]) if is_3d else clarabel.GenPowerConeT(weights, 1))
+        P = sp.triu(program.P, format="csc")
+        answer = clarabel.DefaultSolver(P, program.q, program.G, program.h, cones, settings).solve()
+        outcomes = {"PrimalInfeasible": "primal", "DualInfeasible": "dual"}
+        outcomes |= {f"Almost{name}": outcome for name, outcome in outcomes.items()}
+        return _answer(program, outcomes.get(str(answer.status), ""), answer.x, answer.z)
+
+
+@dataclass(frozen=True)
+class SCS(_Host):
+    """SCS: a first-order method for every cone but the n-dimensional power cone (O'Donoghue 2021)."""
+
+    def _solve(self, program: _Program) -> _Answer:
+        import scs
+
+        order = np.concatenate([np.arange(program.h.size - program.cones.rows), self._rows(program)])
+        cones = {"z": program.equal, "l": program.inequalities, **self._cones(program.cones)}
+        data = {"P": sp.triu(program.P, format="csc"), "A": program.G[order], "b": program.h[order]}
+        settings = {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iters": self.max_iter, "verbose": False}
+        answer = scs.solve(data | {"c": program.q}, cones, **settings | dict(self.options))
+        z = np.empty(program.h.size)
+        z[order] = answer["y"]
+        outcome = {-2: "primal", -7: "primal", -1: "dual", -6: "dual"}.get(answer["info"]["status_val"], "")
+        return _answer(program, outcome, answer["x"], z)
+
+    @staticmethod
+    def _cones(cones: Cones) -> dict[str, Any]:
+        if any(len(weights) > 2 for weights in cones.pow):
+            raise ValueError("SCS has no power cone of more than 3 dimensions; use Clarabel or ADMM")
+        exponents = [weights[0] for weights in cones.pow]
+        named = {"q": list(cones.soc), "s": list(cones.psd), "ep": cones.exp, "p": exponents}
+        return {name: value for name, value in named.items() if value}
+
+    @staticmethod
+    def _rows(program: _Program) -> np.ndarray:
+        """Rows of the cones in SCS's order: of a matrix, the lower triangle column by column."""
+        cones, start, order = program.cones, program.h.size - program.cones.rows, []
+        start += sum(cones.soc)
+        order.append(np.arange(start - sum(cones.soc), start))
+        for k in cones.psd:
+            j, i = np.triu_indices(k)
+            order.append(start + i * (i + 1) // 2 + j)
+            start += k * (k + 1) // 2
+        return np.concatenate([*order, np.arange(start, program.h.size)])
+
+
+@dataclass(frozen=True)
+class OSQP(_Host):
+    """OSQP: a first-order method for quadratic programs (Stellato et al. 2020)."""
+
+    def _solve(self, program: _Program) -> _Answer:
+        import osqp
+
+        if program.cones.rows:
+            raise ValueError("OSQP solves problems with linear constraints only; use Clarabel, SCS or ADMM")
+        lower = np.where(np.arange(program.h.size) < program.equal, program.h, -np.inf)
+        settings = {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": self.max_iter, "polishing": True}
+        settings["verbose"] = False
+        solver = osqp.OSQP()
+        # OSQP warns of the newer sparse arrays.
+        P, G = sp.csc_matrix(sp.triu(program.P)), sp.csc_matrix(program.G)
+        solver.setup(P, program.q, G, lower, program.h, **settings | dict(self.options))
+        answer = solver.solve(raise_error=False)
+        if "primal infeasible" in answer.info.status:
+            return _answer(program, "primal", None, answer.prim_inf_cert)
+        if "dual infeasible" in answer.info.status:
+            return _answer(program, "dual", answer.dual_inf_cert, None)
+        return _answer(program, "", answer.x, answer.y)

@@ -1,0 +1,128 @@
+"""What batch axes mean: any number of them, shared parameters, and no influence of one problem on another."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from checks import assert_close
+from problems import qp_shared
+
+NAMES = ("P", "q", "A", "b")
+
+
+@pytest.fixture(scope="module")
+def layer(frontend):
+    """One layer with parameters P, q, A, b, and its derivatives, whose compiled forms all tests use."""
+    family = qp_shared()
+    layer = frontend.CvxpyLayer(family.problem, family.parameters, family.variables)
+    differentiable = frontend.differentiable(layer)
+    return SimpleNamespace(
+        family=family, frontend=frontend, solve=layer, differentiable=differentiable, own=[2, 1, 2, 1]
+    )
+
+
+def values_with(layer, rng, lead, batched):
+    """Values of the parameters, with batch axes `lead` for those whose letter is in `batched`."""
+    singles = [layer.family.sample(rng) for _ in range(max(1, int(np.prod(lead))))]
+    return [
+        np.stack(column).reshape(*lead, *column[0].shape) if name in batched else column[0]
+        for name, column in zip(NAMES, zip(*singles, strict=True), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "lead, batched",
+    [((1,), "q"), ((4,), "A"), ((4,), "Pb"), ((2, 3), "PqAb"), ((2, 1, 2), "qb")],
+    ids=str,
+)
+def test_batch_equals_singles(layer, lead, batched, rng):
+    values = values_with(layer, rng, lead, batched)
+    cotangent = rng.standard_normal((*lead, 4))
+    (x,), gradients = layer.differentiable(values, [cotangent])
+    assert x.shape == (*lead, 4)
+    totals = [np.zeros_like(value) for value in values]
+    for index in np.ndindex(lead):
+        single = [v[index] if name in batched else v for name, v in zip(NAMES, values, strict=True)]
+        (x_single,), single_gradients = layer.differentiable(single, [cotangent[index]])
+        assert_close(x[index], x_single, 1e-10, f"x of {index}")
+        for name, total, gradient in zip(NAMES, totals, single_gradients, strict=True):
+            total[index if name in batched else ...] += gradient
+    for name, gradient, total in zip(NAMES, gradients, totals, strict=True):
+        assert_close(gradient, total, 1e-9, f"gradient of {name}")
+
+
+def test_no_batch_axis(layer, rng):
+    (x,) = layer.solve(*map(layer.frontend.array, values_with(layer, rng, (), "")))
+    assert tuple(x.shape) == (4,)
+
+
+@pytest.mark.parametrize("lead", [(0,), (3, 0)], ids=str)
+def test_empty_batch(layer, lead, rng):
+    values = values_with(layer, rng, (), "")
+    values[1], values[3] = np.zeros((*lead, 4)), np.zeros((*lead, 6))
+    (x,) = layer.solve(*map(layer.frontend.array, values))
+    assert tuple(x.shape) == (*lead, 4)
+    (x,), gradients = layer.differentiable(values, [np.zeros((*lead, 4))])
+    assert x.shape == (*lead, 4)
+    for value, gradient in zip(values, gradients, strict=True):
+        assert_close(gradient, np.zeros_like(value), 0.0)
+
+
+def test_permuted_batch_gives_permuted_result(layer, rng):
+    values, order = values_with(layer, rng, (4,), "PqAb"), np.array([2, 0, 3, 1])
+    cotangent = rng.standard_normal((4, 4))
+    (x,), gradients = layer.differentiable(values, [cotangent])
+    (y,), permuted = layer.differentiable([v[order] for v in values], [cotangent[order]])
+    assert_close(y, x[order], 1e-11)
+    for name, a, b in zip(NAMES, permuted, gradients, strict=True):
+        assert_close(a, b[order], 1e-10, name)
+
+
+def test_scaled_objective_has_the_same_solution(layer, rng):
+    P, q, A, b = values_with(layer, rng, (), "")
+    scales = np.array([1.0, 1e-3, 30.0, 1e4])
+    scaled = [
+        np.multiply.outer(scales, P),
+        np.multiply.outer(scales, q),
+        *(np.stack([v] * 4) for v in (A, b)),
+    ]
+    (x,), gradients = layer.differentiable(scaled, [np.ones((4, 4))])
+    for i in range(1, 4):
+        assert_close(x[i], x[0], 1e-9, f"scale {scales[i]}")
+        assert_close(gradients[0][i] * scales[i], gradients[0][0], 1e-7, f"gradient of P, scale {scales[i]}")
+        assert_close(gradients[3][i], gradients[3][0], 1e-7, f"gradient of b, scale {scales[i]}")
+
+
+def test_vmap_equals_batch(layer, rng):
+    """Mapped over q and b, with b's axis last, and P and A as they are."""
+    P, q, A, b = map(layer.frontend.array, values_with(layer, rng, (4,), "qb"))
+    (x,) = layer.solve(P, q, A, b)
+    mapped = layer.frontend.transforms.vmap(layer.solve, (None, 0, None, 1))
+    (y,) = mapped(P, q, A, b.T)
+    assert_close(layer.frontend.numpy(y), layer.frontend.numpy(x), 1e-10)
+
+
+def test_vmap_over_problems_with_a_batch_of_their_own(layer, rng):
+    P, q, A, b = map(layer.frontend.array, values_with(layer, rng, (2, 3), "qA"))
+    (x,) = layer.solve(P, q, A, b)
+    (y,) = layer.frontend.transforms.vmap(layer.solve, (None, 0, 0, None))(P, q, A, b)
+    assert_close(layer.frontend.numpy(y), layer.frontend.numpy(x), 1e-10)
+
+
+def test_float32_in_float32_out(layer, rng):
+    values = values_with(layer, rng, (3,), "q")
+    (expected,), expected_gradients = layer.differentiable(values, [np.ones((3, 4))])
+    frontend = layer.frontend
+    outputs, gradients = frontend.differentiable(layer.solve, "float32")(values, [np.ones((3, 4))])
+    assert {a.dtype for a in (*outputs, *gradients)} == {np.dtype("float32")}
+    assert_close(outputs[0], expected, 1e-3)
+    for name, a, b in zip(NAMES, gradients, expected_gradients, strict=True):
+        assert_close(a, b, 1e-3, name)
+
+
+def test_mixed_precision_gives_the_wider_one(layer, rng):
+    values = values_with(layer, rng, (), "")
+    dtypes = ("float32", "float64", "float64", "float32")
+    (x,) = layer.solve(*map(layer.frontend.array, values, dtypes))
+    assert layer.frontend.dtype(x) == "float64"

@@ -1,0 +1,233 @@
+"""Misuse raises ValueError that names the offender; failed problems are named, or masked, one by one."""
+
+import cvxpy as cp
+import numpy as np
+import pytest
+
+from checks import assert_close
+from optlayers.status import SolveError, Status
+from problems import qp_shared
+
+
+@pytest.fixture(scope="module")
+def family():
+    return qp_shared()
+
+
+@pytest.fixture(scope="module")
+def layer(frontend, family):
+    return frontend.CvxpyLayer(family.problem, family.parameters, family.variables)
+
+
+@pytest.fixture
+def values(family, rng):
+    """P, q, A, b, of which q has a batch axis of 3."""
+    return family.batch(rng, 3)
+
+
+def call(frontend, layer, values, **options):
+    return [frontend.numpy(x) for x in layer(*map(frontend.array, values), **options)]
+
+
+# Misuse of a call.
+
+
+def test_wrong_number_of_values(frontend, layer, values):
+    with pytest.raises(ValueError, match=r"expected 4 parameter values \(P \(4, 4\), q \(4,\).*got 3"):
+        call(frontend, layer, values[:3])
+
+
+def test_wrong_shape(frontend, layer, values):
+    values[2] = values[2][:, :3]
+    with pytest.raises(ValueError, match=r"parameter A \(6, 4\).*got \(6, 3\)"):
+        call(frontend, layer, values)
+
+
+def test_different_batch_axes(frontend, layer, values):
+    values[3] = np.stack([values[3]] * 2)
+    with pytest.raises(ValueError, match=r"parameter b \(6,\) has batch axes \(2,\).*\(3,\)"):
+        call(frontend, layer, values)
+
+
+def test_complex_value_of_real_parameter(frontend, layer, values):
+    arrays = [*map(frontend.array, values[:3]), frontend.array(values[3], "complex128")]
+    with pytest.raises(ValueError, match=r"parameter b \(6,\) is real"):
+        layer(*arrays)
+
+
+def test_value_that_is_no_tensor(family, values):
+    pytest.importorskip("torch")
+    from optlayers.torch import CvxpyLayer
+
+    with pytest.raises(ValueError, match=r"parameter P \(4, 4\) must be a torch tensor, got ndarray"):
+        CvxpyLayer(family.problem, family.parameters, family.variables)(*values)
+
+
+def test_mixed_devices(family, values):
+    torch = pytest.importorskip("torch")
+    from optlayers.torch import CvxpyLayer
+
+    tensors = [torch.tensor(v) for v in values]
+    tensors[2] = tensors[2].to("meta")
+    with pytest.raises(ValueError, match=r"parameter A \(6, 4\) is on meta, but P \(4, 4\) is on cpu"):
+        CvxpyLayer(family.problem, family.parameters, family.variables)(*tensors)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("position", range(4))
+def test_non_finite_value_is_named(frontend, layer, values, position, bad):
+    """The note names the parameter, the message the problems: all if the parameter is shared."""
+    values[position][(-1,) * values[position].ndim] = bad
+    with pytest.raises(SolveError, match="NaN or infinity") as error:
+        call(frontend, layer, values)
+    name = layer._program.parameters[position].name()
+    assert [note for note in error.value.__notes__ if "NaN" in note] == [
+        f"parameter {name} {layer._program.parameters[position].shape} contains NaN or infinity"
+    ]
+    expected = [False, False, True] if position == 1 else [True] * 3
+    np.testing.assert_array_equal(error.value.status == Status.NON_FINITE.code, expected)
+
+
+def test_call_after_an_error_works(frontend, layer, values):
+    expected = call(frontend, layer, values)
+    with pytest.raises(ValueError):
+        call(frontend, layer, values[1:])
+    with pytest.raises(SolveError):
+        call(frontend, layer, [values[0], np.nan * values[1], *values[2:]])
+    assert_close(call(frontend, layer, values), expected, 0.0)
+
+
+# Misuse of the constructor.
+
+
+def test_parameter_that_is_not_in_the_problem(frontend, family):
+    other = cp.Parameter(2, name="other")
+    with pytest.raises(
+        ValueError, match=r"parameters\[4\] \(other\) is not a parameter of the problem.*P, q"
+    ):
+        frontend.CvxpyLayer(family.problem, [*family.parameters, other], family.variables)
+
+
+def test_parameter_that_is_not_listed(frontend, family):
+    with pytest.raises(ValueError, match="does not list: b"):
+        frontend.CvxpyLayer(family.problem, family.parameters[:3], family.variables)
+
+
+def test_variable_that_is_not_in_the_problem(frontend, family):
+    with pytest.raises(ValueError, match=r"variables\[0\] \(stranger\) is not in the problem"):
+        frontend.CvxpyLayer(family.problem, family.parameters, [cp.Variable(2, name="stranger")])
+
+
+def test_problem_that_is_not_dpp(frontend):
+    x, a, b = cp.Variable(2), cp.Parameter(name="a"), cp.Parameter(name="b")
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + a * b * x[0]))
+    with pytest.raises(ValueError, match=r"not DPP.*a @ b|not DPP.*a \* b"):
+        frontend.CvxpyLayer(problem, [a, b], [x])
+
+
+@pytest.mark.parametrize("kind", ["integer", "boolean"])
+def test_discrete_variable(frontend, kind):
+    x, p = cp.Variable(2, name="steps", **{kind: True}), cp.Parameter(2)
+    with pytest.raises(ValueError, match=r"steps is boolean or integer"):
+        frontend.CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - p))), [p], [x])
+
+
+def test_unknown_failure_policy(frontend, family):
+    with pytest.raises(ValueError, match=r"on_failure must be one of .*'nan'.*got 'warn'"):
+        frontend.CvxpyLayer(family.problem, family.parameters, family.variables, on_failure="warn")
+
+
+def test_unknown_solver(frontend, family):
+    with pytest.raises(ValueError, match="solver must be None .* got 'ECOS'"):
+        frontend.CvxpyLayer(family.problem, family.parameters, family.variables, solver="ECOS")
+
+
+def test_unknown_setting_warns(frontend, family, layer, values):
+    with pytest.warns(UserWarning, match="no setting 'acceleration'") as warned:
+        call(frontend, layer, values, solver_args={"acceleration": 1})
+    assert len(warned) == 1
+    with pytest.warns(UserWarning, match="no setting 'acceleration'"):
+        frontend.CvxpyLayer(
+            family.problem, family.parameters, family.variables, solver_args={"acceleration": 1}
+        )
+
+
+# Problems without solution: x >= low and x <= high, of which some have low > high.
+
+
+def interval(frontend, **options):
+    """The point of [low, high] nearest to `point`; three entries."""
+    point, low, high, x = cp.Parameter(3), cp.Parameter(3), cp.Parameter(3), cp.Variable(3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - point)), [x >= low, x <= high])
+    return frontend.CvxpyLayer(problem, [point, low, high], [x], **options)
+
+
+POINT = np.array([0.5, -2.0, 3.0])
+LOW = np.array([[-1.0, -1.0, -1.0], [-1.0, 2.0, -1.0], [-1.0, -1.0, -1.0]])
+HIGH = np.ones(3)
+NEAREST = np.array([0.5, -1.0, 1.0])
+
+
+def test_infeasible_problem_is_named(frontend):
+    with pytest.raises(SolveError, match=r"1 of 3 problems.*\n.*batch index \(1,\): infeasible") as error:
+        call(frontend, interval(frontend), [POINT, LOW, HIGH])
+    expected = [Status.SOLVED.code, Status.PRIMAL_INFEASIBLE.code, Status.SOLVED.code]
+    np.testing.assert_array_equal(error.value.status, expected)
+
+
+def test_infeasible_problem_is_named_by_all_its_batch_axes(frontend):
+    low = np.stack([LOW, LOW[[0, 0, 1]]])
+    with pytest.raises(SolveError, match="2 of 6 problems") as error:
+        call(frontend, interval(frontend), [POINT, low, HIGH])
+    assert error.value.status.shape == (2, 3)
+    assert "batch index (0, 1)" in str(error.value) and "batch index (1, 2)" in str(error.value)
+
+
+def test_single_infeasible_problem_has_no_index(frontend):
+    with pytest.raises(SolveError, match="infeasible") as error:
+        call(frontend, interval(frontend), [POINT, LOW[1], HIGH])
+    assert "batch index" not in str(error.value)
+
+
+def test_unbounded_problem_is_named(frontend):
+    c, x = cp.Parameter(2), cp.Variable(2)
+    layer = frontend.CvxpyLayer(cp.Problem(cp.Minimize(c @ x), [x >= 0]), [c], [x])
+    with pytest.raises(SolveError, match=r"batch index \(0,\): unbounded") as error:
+        call(frontend, layer, [np.array([[-1.0, 1.0], [1.0, 1.0]])])
+    np.testing.assert_array_equal(error.value.status, [Status.DUAL_INFEASIBLE.code, Status.SOLVED.code])
+
+
+@pytest.mark.parametrize("policy", ["nan", "mask", "ignore"])
+def test_failed_problem_does_not_touch_the_others(frontend, policy):
+    """Gradients of x'1: 1 where an entry follows its parameter, 0 elsewhere, also summed over the batch."""
+    solve = interval(frontend, on_failure=policy)
+    (x,), (point, low, high) = frontend.differentiable(solve)([POINT, LOW, HIGH], [np.ones((3, 3))])
+    assert_close(x[[0, 2]], np.stack([NEAREST] * 2), 1e-9)
+    assert np.isnan(x[1]).all() if policy == "nan" else np.isfinite(x[1]).all()
+    assert_close(low[[0, 2]], np.array([[0.0, 1.0, 0.0]] * 2), 1e-8)
+    if policy != "ignore":
+        assert_close(low[1], np.zeros(3), 0.0)
+        assert_close(point, np.array([2.0, 0.0, 0.0]), 1e-8)
+        assert_close(high, np.array([0.0, 0.0, 2.0]), 1e-8)
+
+
+def test_non_finite_value_is_masked(frontend):
+    low = LOW.copy()
+    low[1, 1] = np.nan
+    solve = interval(frontend, on_failure="mask")
+    (x,), gradients = frontend.differentiable(solve)([POINT, low, HIGH], [np.ones((3, 3))])
+    assert_close(x[[0, 2]], np.stack([NEAREST] * 2), 1e-9)
+    assert np.isfinite(x).all()
+    assert_close(gradients[0], np.array([2.0, 0.0, 0.0]), 1e-8)
+    assert_close(gradients[1][1], np.zeros(3), 0.0)
+
+
+def test_traced_jax_gives_nan_in_place_of_an_error():
+    jax = pytest.importorskip("jax")
+    from frontends import FRONTENDS
+
+    frontend = FRONTENDS["jax"]()
+    layer = interval(frontend)
+    (x,) = jax.jit(layer)(*map(frontend.array, [POINT, LOW, HIGH]))
+    assert_close(x[np.array([0, 2])], np.stack([NEAREST] * 2), 1e-9)
+    assert np.isnan(x[1]).all()

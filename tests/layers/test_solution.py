@@ -1,0 +1,108 @@
+"""`CvxpyLayer.solve`: what a solution holds, warm starts; and layers as objects: copies, pickles, text."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+
+from checks import assert_close
+from optlayers.status import Status
+from problems import qp
+
+
+@pytest.fixture(scope="module")
+def family():
+    return qp()
+
+
+@pytest.fixture(scope="module")
+def layer(frontend, family):
+    return frontend.CvxpyLayer(family.problem, family.parameters, family.variables)
+
+
+@pytest.fixture(scope="module")
+def values(frontend, family):
+    return [frontend.array(v) for v in family.batch(np.random.default_rng(0), 4)]
+
+
+@pytest.fixture(scope="module")
+def solution(layer, values):
+    return layer.solve(*values)
+
+
+def test_fields(frontend, solution, values):
+    program = {"x": (4, 4), "s": (4, 6), "y": (4, 6), "status": (4,), "iterations": (4,), "residual": (4,)}
+    assert {name: tuple(getattr(solution, name).shape) for name in program} == program
+    status, iterations, residual = (
+        frontend.numpy(a) for a in (solution.status, solution.iterations, solution.residual)
+    )
+    assert (status == Status.SOLVED.code).all()
+    assert [list(Status)[code] for code in status] == [Status.SOLVED] * 4
+    assert (iterations >= 1).all() and np.issubdtype(iterations.dtype, np.integer)
+    assert (residual >= 0).all() and (residual <= 1e-9).all()
+    x, s, y = (frontend.numpy(a) for a in (solution.x, solution.s, solution.y))
+    assert_close(frontend.numpy(solution.variables[0]), x, 1e-12)
+    P, q, G, h, A, b = map(frontend.numpy, values)
+    rows, bound = np.concatenate([A, G], 1), np.concatenate([b, h], 1)
+    assert_close(np.einsum("bij,bj->bi", rows, x) + s, bound, 1e-9)
+    assert_close(np.einsum("bij,bj->bi", P, x) + q + np.einsum("bij,bi->bj", rows, y), np.zeros((4, 4)), 1e-8)
+
+
+def test_call_returns_the_variables_of_solve(frontend, layer, values, solution):
+    for a, b in zip(layer(*values), solution.variables, strict=True):
+        assert_close(frontend.numpy(a), frontend.numpy(b), 0.0)
+
+
+def test_warm_start_leads_to_the_same_solution(frontend, layer, values, solution):
+    q = values[1] + 0.01
+    cold = layer.solve(values[0], q, *values[2:])
+    warm = layer.solve(values[0], q, *values[2:], warm_start=solution)
+    for a, b in zip(warm.variables, cold.variables, strict=True):
+        assert_close(frontend.numpy(a), frontend.numpy(b), 1e-9)
+    assert (frontend.numpy(warm.iterations) <= frontend.numpy(cold.iterations)).all()
+
+
+def through_pickle(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle], ids=["deepcopy", "pickle"])
+def test_duplicate_gives_equal_results(frontend, layer, values, duplicate):
+    """A layer that has been called, and its duplicate."""
+    expected = layer(*values)
+    for a, b in zip(duplicate(layer)(*values), expected, strict=True):
+        assert_close(frontend.numpy(a), frontend.numpy(b), 0.0)
+
+
+def test_text_names_the_parameters_and_sizes(layer):
+    text = repr(layer)
+    assert "P (4, 4)" in text and "n=4" in text and "m=6" in text
+
+
+def test_verbose_prints_the_same(frontend, family, capsys):
+    layer = frontend.CvxpyLayer(family.problem, family.parameters, family.variables, verbose=True)
+    assert capsys.readouterr().out == f"{layer}\n"
+
+
+def test_layer_leaves_the_problem_alone(frontend):
+    """The user's parameters and variables keep their values, which may be none."""
+    family = qp()
+    layer = frontend.CvxpyLayer(family.problem, family.parameters, family.variables)
+    layer(*map(frontend.array, family.batch(np.random.default_rng(0), 4)))
+    assert all(leaf.value is None for leaf in (*family.parameters, *family.problem.variables()))
+
+
+def test_torch_module_has_no_state(family):
+    torch = pytest.importorskip("torch")
+    from optlayers.torch import CvxpyLayer
+
+    layer = CvxpyLayer(family.problem, family.parameters, family.variables)
+    assert not layer.state_dict() and not list(layer.parameters()) and not list(layer.buffers())
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), layer).to(torch.float64)
+    model.load_state_dict(model.state_dict())
+    saved = io.BytesIO()
+    torch.save(layer, saved)
+    saved.seek(0)
+    assert repr(torch.load(saved, weights_only=False)) == repr(layer)
