@@ -161,7 +161,7 @@ def first_weights(rng):
 def minibatches(rng, data, batch, steps, rate, title):
     """Yield (x, y, learning rate) for every step and advance a progress bar."""
     x, y = data
-    for step in tqdm(range(steps), desc=f"{title:<12}", unit="step", ncols=88, mininterval=0.2):
+    for step in tqdm(range(steps), desc=f"{title:<12}", unit="step", ncols=88, mininterval=0.5):
         rows = rng.integers(len(x), size=batch)
         yield x[rows], y[rows], rate * (1 + np.cos(np.pi * step / steps)) / 2
 
@@ -179,7 +179,7 @@ def torch_trainer(model):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            yield [w.detach() for w in weights], loss.item()
+            yield [w.detach().numpy() for w in weights], loss.item()
 
     return train
 
@@ -236,11 +236,20 @@ def set_up(framework):
 
 # %%
 class Fit(NamedTuple):
-    """Weights after some steps, in NumPy, from 0 to the last; the test error with each; the training loss."""
+    """What came of a training.
+
+    Attributes:
+        steps: some steps, from 0 to the last.
+        weights: the weights after each of them, in NumPy.
+        errors: the mean squared error on the test pairs with each of them.
+        losses: of the minibatch of every step.
+        loss: on all training pairs, with the last weights.
+    """
 
     steps: list
     weights: list
     errors: list
+    losses: list
     loss: float
 
 
@@ -251,25 +260,27 @@ def mean_square(a, b):
 def fit(train, exact, first, batches, steps, data, test):
     """Train, and judge some of the weights on the way by `exact`, the model in NumPy."""
     keep = set(np.geomspace(1, steps, 50).astype(int))
-    path = {0: first}
-    for step, (weights, _) in enumerate(train(first, batches), start=1):
+    path, losses = {0: first}, []
+    for step, (weights, loss) in enumerate(train(first, batches), start=1):
+        losses.append(loss)
         if step in keep:
             path[step] = [np.array(w) for w in weights]
     errors = [mean_square(exact(w, test[0]), test[1]) for w in path.values()]
-    return Fit([*path], [*path.values()], errors, mean_square(exact(path[steps], data[0]), data[1]))
+    loss = mean_square(exact(path[steps], data[0]), data[1])
+    return Fit([*path], [*path.values()], errors, losses, loss)
 
 
 def fit_polytopes(CvxpyLayer, trainer, rng, size, data, test):
     """The fits of all starts, the best first."""
     train, fits = trainer(projection(CvxpyLayer)), []
     for k in range(size.restarts):
-        batches = minibatches(rng, data, size.batch, size.steps, 0.03, f"polytope {k + 1}/{size.restarts}")
+        batches = minibatches(rng, data, size.batch, size.steps, 0.02, f"polytope {k + 1}/{size.restarts}")
         fits.append(fit(train, project, first_faces(rng), batches, size.steps, data, test))
     return sorted(fits, key=lambda fit: fit.loss)
 
 
 def fit_mlp(trainer, rng, size, data, test):
-    batches = minibatches(rng, data, size.batch, size.mlp_steps, 0.01, "MLP")
+    batches = minibatches(rng, data, size.batch, size.mlp_steps, 0.005, "MLP")
     return fit(trainer(mlp), mlp, first_weights(rng), batches, size.mlp_steps, data, test)
 
 
@@ -310,43 +321,63 @@ def print_table(result):
 # ## The picture
 
 # %%
-INK, GREY, BLUE, ORANGE, PURPLE = "#1f2933", "#9aa5b1", "#dbe7f5", "#e8590c", "#6741d9"
+INK, GREY, BLUE, ORANGE, VIOLET = "#212b36", "#8795a5", "#dfe9f5", "#e8590c", "#5f3dc4"
 
 
-def outline(axes, vertices, **style):
-    axes.plot(*np.append(vertices, vertices[:1], 0).T, **style)
+def closed(vertices):
+    return np.append(vertices, vertices[:1], 0).T
 
 
-def draw_polytopes(axes, result, arrows=70):
-    """Left panel: some pairs, the true polytope, and the learned one at a few times of its training."""
-    x, y = (part[:arrows] for part in result.data)
-    axes.quiver(*x.T, *(y - x).T, angles="xy", scale_units="xy", scale=1, width=0.002, headwidth=5, color=GREY)
-    axes.scatter(*x.T, s=9, color=GREY, zorder=2)
-    true, best = polygon(*result.true), result.polytopes[0]
-    axes.fill(*true.T, facecolor=BLUE, edgecolor=INK, linewidth=5, joinstyle="round", zorder=1, label="true polytope")
-    for share in (0, 0.25, 0.45):
-        k = np.searchsorted(best.steps, share * best.steps[-1] * 0.2)
-        outline(axes, polygon(*best.weights[k]), color=ORANGE, linewidth=1, alpha=0.6, zorder=3)
-    outline(axes, polygon(*best.weights[-1]), color=ORANGE, linewidth=2, zorder=4, label="learned")
-    axes.set(aspect="equal", xticks=[], yticks=[], xlim=(-2.1, 2.1), ylim=(-2.1, 2.1))
-    axes.set_frame_on(False)
+def draw_polytopes(axes, result, shown=60):
+    """Some pairs, the true polytope, and the learned one: early, and at the end."""
+    x, y = (part[:shown] for part in result.data)
+    best, early = result.polytopes[0], (0, 4, 8)
+    true = polygon(*result.true)
+    axes.fill(*true.T, color=BLUE, zorder=1)
+    style = dict(angles="xy", scale_units="xy", scale=1, width=0.0028, headwidth=5, headlength=6)
+    axes.quiver(*x.T, *(y - x).T, color=GREY, zorder=2, **style)
+    axes.scatter(*x.T, s=16, color=GREY, zorder=2, label=f"x and its arrow to y, {shown} of {len(result.data[0]):,}")
+    axes.plot(*closed(true), color=INK, linewidth=6, solid_joinstyle="round", zorder=3, label="true polytope")
+    for step in early:
+        label = "learned, steps " + ", ".join(map(str, early)) if step == 0 else None
+        vertices = polygon(*best.weights[best.steps.index(step)])
+        axes.plot(*closed(vertices), color=ORANGE, linewidth=1.2, linestyle=(0, (4, 2)), zorder=4, label=label)
+    label = f"learned, step {best.steps[-1]}"
+    axes.plot(*closed(polygon(*best.weights[-1])), color=ORANGE, linewidth=2.4, zorder=5, label=label)
+    axes.set(aspect="equal", xlim=(-2.05, 2.05), ylim=(-2.05, 2.05))
+    axes.set_title(f"{LEARNED_FACES} faces learned from {len(result.data[0]):,} pairs: IoU {result.iou:.3f}")
+    axes.set_axis_off()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, frameon=False)
 
 
-def draw_errors(axes, result):
-    """Right panel: the error on noiseless test pairs during training."""
-    for fit in result.polytopes[:0:-1]:
-        axes.loglog(fit.steps, fit.errors, color=ORANGE, linewidth=1, alpha=0.4)
-    axes.loglog(result.polytopes[0].steps, result.polytopes[0].errors, color=ORANGE, linewidth=2.5)
-    axes.loglog(result.mlp.steps, result.mlp.errors, color=PURPLE, linewidth=2.5)
-    axes.axhline(NOISE**2, color=INK, linewidth=1, linestyle=":")
-    axes.set(xlabel="step", ylabel="mean squared error")
+def draw_training(axes, result):
+    """Training loss, faint, and error on test pairs without noise, of the best polytope and of the MLP."""
+    best = result.polytopes[0]
+    for fit, color, name, offset in (
+        (result.mlp, VIOLET, f"MLP {HIDDEN}x{HIDDEN}", (0, -8)),
+        (best, ORANGE, "polytope layer", (8, 0)),
+    ):
+        axes.plot(np.arange(len(fit.losses)) + 1, fit.losses, color=color, linewidth=0.6, alpha=0.35)
+        axes.plot(fit.steps[1:], fit.errors[1:], color=color, linewidth=2.6)
+        text = f"{name}\n{sum(w.size for w in fit.weights[-1]):,} parameters\n{fit.errors[-1]:.1e}"
+        place = dict(ha="right", va="top") if fit is result.mlp else dict(ha="left", va="center")
+        end = fit.steps[-1], fit.errors[-1]
+        axes.annotate(text, end, offset, textcoords="offset points", color=color, weight="bold", **place)
+    axes.axhline(NOISE**2, color=INK, linewidth=1, linestyle=(0, (1, 2)))
+    axes.annotate("noise of the training pairs", (1, NOISE**2), (0, -4), textcoords="offset points", va="top")
+    axes.set(xscale="log", yscale="log", xlabel="step")
+    axes.set_title("Mean squared error: on test pairs (bold), on minibatches (faint)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6ebf0", linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 def draw(result, path):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.8, 5.6), layout="constrained")
-    draw_polytopes(left, result)
-    draw_errors(right, result)
-    figure.savefig(path, dpi=150)
+    with plt.rc_context({"font.size": 12, "text.color": INK, "axes.titlesize": 14}):
+        figure, axes = plt.subplots(1, 2, figsize=(13.3, 6.2), layout="constrained")
+        draw_polytopes(axes[0], result)
+        draw_training(axes[1], result)
+        figure.savefig(path, dpi=150)
 
 
 # %%

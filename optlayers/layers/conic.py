@@ -16,18 +16,28 @@ from typing import Any, NamedTuple
 
 from ..cones import Cones
 from ..implicit import attach
-from ..linalg.kkt import Factor, Problem, Scaled, factorize, matvec, solve_refined
+from ..linalg.kkt import Factor, Problem, Scaled, factorize, matvec
 from ..linalg.rows import flatten, project_linearized, shapes, unflatten
+from ..linalg.sensitivity import Regularity, prepare, solve_sensitivity
 from ..ops import Array, Ops, select
 from ..solvers.admm import ADMM
-from ..solvers.base import RUNNING, Progress, Solver, conclude, run, start
+from ..solvers.base import RUNNING, Solver, conclude, run, start
 from ..solvers.newton import smallest_regularization
 from ..solvers.scaling import equilibrate
 from ..status import Status, check
 
 
 class ConicSolution(NamedTuple):
-    """x (B, n), s and y (B, m), status codes, iterations and relative residuals (B,)."""
+    """The solution of each problem of a batch.
+
+    Attributes:
+        x: (B, n), s and y: (B, m).
+        status: code of `Status`: `list(Status)[code]` (B,).
+        iterations: (B,).
+        residual: relative KKT residual (B,).
+        regularity: `regularity.x` and `regularity.y` tell whether x and y are locally unique (B,). Where one
+            is not, its derivative is the one of least norm.
+    """
 
     x: Array
     s: Array
@@ -35,6 +45,7 @@ class ConicSolution(NamedTuple):
     status: Array
     iterations: Array
     residual: Array
+    regularity: Regularity
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class ConicSolve:
         floats = [(n,), (m,), (n,), (m,), (1,), (n, n), (1,), ()]
         return (
             [((batch, *shape), "float") for shape in floats]
-            + [((batch,), "int")] * 2
+            + [((batch,), "int")] * 4
             + shapes(self.cones, batch, k)
         )
 
@@ -86,26 +97,29 @@ class ConicSolve:
         for solver in self.solvers:
             more = lambda p, solver=solver: run(ops, solver, self.cones, problem, scaling, p, self.eps)
             progress = ops.cond(ops.any(progress.status == RUNNING), more, lambda p: p, progress)
-        best, status, iterations = self._final_factor(ops, problem, conclude(ops, progress, self.eps))
+        best, status, iterations = conclude(ops, progress, self.eps)
         if self.check:
             ops.on_host(check, status, best.residual)
+        factor, regularity = prepare(ops, self.cones, problem, best.v, self._final_factor(ops, problem, best))
+        factor = _repair(ops, factor, ~_is_usable(status))
         parts = (ops.broadcast_to(part, (batch, part.shape[-1])) for part in scaling)
-        outputs = [best.x, best.v, *parts, best.factor.cholesky, best.factor.e, best.residual]
-        return [*outputs, status, iterations, *flatten(best.factor.linearization)]
+        floats = [best.x, best.v, *parts, factor.cholesky, factor.e, best.residual]
+        return [*floats, status, iterations, *map(ops.to_int, regularity), *flatten(factor.linearization)]
 
-    def _final_factor(self, ops: Ops, problem: Problem, progress: Progress) -> Progress:
+    def _final_factor(self, ops: Ops, problem: Problem, best: Point) -> Factor:
         """J at the final point. On polyhedral cones D is constant around it: refinement's factor is that."""
-        best = progress.best
-        if self.cones.rows:
-            e = ops.full((best.x.shape[0], 1), smallest_regularization(ops, best.x), best.x)
-            best = best._replace(factor=factorize(ops, self.cones, problem, best.v, e))
-        # Without a valid factor the derivative is masked: it must not turn into NaN.
-        diagonal = best.factor.cholesky[:, :1, 0]
-        broken = ~ops.any(ops.isfinite(diagonal) & (diagonal != 0), -1)
-        identity = ops.broadcast_to(ops.eye(best.x.shape[-1], best.x), best.factor.cholesky.shape)
-        repair = lambda factor: select(ops, broken, identity, factor)
-        cholesky = ops.cond(ops.any(broken), repair, lambda factor: factor, best.factor.cholesky)
-        return progress._replace(best=best._replace(factor=best.factor._replace(cholesky=cholesky)))
+        if not self.cones.rows:
+            return best.factor
+        e = ops.full((best.x.shape[0], 1), smallest_regularization(ops, best.x), best.x)
+        return factorize(ops, self.cones, problem, best.v, e)
+
+
+def _repair(ops: Ops, factor: Factor, failed: Array) -> Factor:
+    """Without a valid factor the derivative is masked: it must not turn into NaN."""
+    identity = ops.broadcast_to(ops.eye(factor.cholesky.shape[-1], factor.cholesky), factor.cholesky.shape)
+    repair = lambda cholesky: select(ops, failed, identity, cholesky)
+    cholesky = ops.cond(ops.any(failed), repair, lambda cholesky: cholesky, factor.cholesky)
+    return factor._replace(cholesky=cholesky)
 
 
 def _replace_non_finite(ops: Ops, problem: Problem) -> tuple[Problem, Array]:
@@ -161,15 +175,20 @@ def _is_usable(status: Array) -> Array:
 def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[Array]) -> ConicSolution:
     P, q, A, b, l, u = data
     cones, n, order = layer.solve.cones, q.shape[-1], layer.order
-    x, v, D, E, c, cholesky, e, error, status, iterations, *flat = ops.leaf(layer.solve, (*data, *warm))
+    x, v, D, E, c, cholesky, e, error, status, iterations, x_unique, y_unique, *flat = ops.leaf(
+        layer.solve, (*data, *warm)
+    )
     factor = Factor(cholesky, unflatten(cones, flat), e)
     usable = _is_usable(status)[:, None]
+    regularity = Regularity(x_unique > 0, y_unique > 0)
+    singular = usable[:, 0] & ~(regularity.x & regularity.y)
     # J0 of the scaled problem, applied through the detached matrices of the unscaled one.
     P0, A0 = Scaled(c * D, ops.stop_gradient(P), D), Scaled(E, ops.stop_gradient(A), D)
     bounds = tuple(E[:, : bound.shape[-1]] * bound for bound in (l, u))
 
     def inverse(r):
-        return -ops.concat(solve_refined(ops, cones, P0, A0, factor, (r[:, :n], r[:, n:])), -1)
+        F = r[:, :n], r[:, n:]
+        return -ops.concat(solve_sensitivity(ops, cones, P0, A0, factor, singular, F), -1)
 
     def unscale(z):
         v = z[:, n:]
@@ -183,7 +202,7 @@ def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[A
         return F if layer.on_failure == "ignore" else ops.where(usable, F, 0.0)
 
     z = attach(ops, residual, inverse, ops.concat([x, v], -1), order)
-    return ConicSolution(*unscale(z), status, iterations, error)
+    return ConicSolution(*unscale(z), status, iterations, error, regularity)
 
 
 def conic_layer(
@@ -217,9 +236,10 @@ def flatten_batch(ops: Ops, value: Array, own: int) -> Array:
 
 def restore_batch(ops: Ops, solution: ConicSolution, lead: tuple[int, ...], like: Array) -> ConicSolution:
     """`solution` with the batch axes `lead` and the dtype of `like`."""
-    *floats, status, iterations, residual = solution
-    x, s, y, residual = (restore_array(ops, z, lead, like) for z in (*floats, residual))
-    return ConicSolution(x, s, y, ops.reshape(status, lead), ops.reshape(iterations, lead), residual)
+    x, s, y, status, iterations, residual, regularity = solution
+    x, s, y, residual = (restore_array(ops, z, lead, like) for z in (x, s, y, residual))
+    counts = (ops.reshape(k, lead) for k in (status, iterations))
+    return ConicSolution(x, s, y, *counts, residual, Regularity(*(ops.reshape(k, lead) for k in regularity)))
 
 
 def restore_array(ops: Ops, x: Array, lead: tuple[int, ...], like: Array) -> Array:

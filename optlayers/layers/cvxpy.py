@@ -15,6 +15,7 @@ import numpy as np
 from ..canon import canonicalize
 from ..canon.program import AffineMap, Output, Program
 from ..linalg.kkt import Problem
+from ..linalg.sensitivity import Regularity
 from ..ops import Array, Ops
 from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restore_array, restore_batch
 from .direct import curved_part, polyhedral_bounds
@@ -159,6 +160,7 @@ class Solution(NamedTuple):
         status: code of `Status` per problem: `list(Status)[code]`.
         iterations: iterations per problem.
         residual: relative KKT residual per problem.
+        regularity: `regularity.x` and `regularity.y` tell whether x and y are locally unique.
     """
 
     variables: tuple[Array, ...]
@@ -168,6 +170,7 @@ class Solution(NamedTuple):
     status: Array
     iterations: Array
     residual: Array
+    regularity: Regularity
 
 
 class CvxpyProgram:

@@ -5,7 +5,7 @@ K stands for the whole set of `optlayers.linalg.rows`. With v = s - y, s = Pi_K(
     F(x, v) = [ P x + q + A'(Pi_K(v) - v) ;  A x + Pi_K(v) - b ] = 0
     J       = [ P   -A'(I - D) ;  A   D ],        D = dPi_K(v), symmetric, 0 <= D <= I
 
-Solves use a regularised form. With T = (1 - D + e) / (D + e), a function of the symmetric D,
+Solves use a regularised form. With T = (1 - D) / (D + e), a function of the symmetric D,
 
     (P + r I + A' T A) dx = -F_1 - A' T F_2,     ds = -F_2 - A dx,     dv = ds + T ds
 
@@ -86,7 +86,7 @@ def norm(ops: Ops, x: Array) -> Array:
 def factorize(ops: Ops, cones: Cones, problem: Problem, v: Array, e: Array) -> Factor:
     """Factorise the regularised Jacobian at v, with e (B, 1) for both e and r. NaN where it fails."""
     linearization = linearize(ops, cones, problem.bounds, v)
-    weight = lambda d: ops.sqrt((1 - d + e) / (d + e))
+    weight = lambda d: ops.sqrt((1 - d) / (d + e))
     half = spectral(ops, cones, linearization, weight, problem.A, columns=True)
     H = problem.P + e[..., None] * ops.eye(problem.P.shape[-1], problem.q) + half.mT @ half
     return Factor(ops.cholesky(H), linearization, e)
@@ -94,7 +94,7 @@ def factorize(ops: Ops, cones: Cones, problem: Problem, v: Array, e: Array) -> F
 
 def solve(ops: Ops, cones: Cones, A: Array, factor: Factor, F: tuple[Array, Array]) -> tuple[Array, Array]:
     """(dx, dv) with J (dx, dv) = -F up to the regularisation."""
-    T = lambda d: (1 - d + factor.e) / (d + factor.e)
+    T = lambda d: (1 - d) / (d + factor.e)
     weighted = spectral(ops, cones, factor.linearization, T, F[1])
     rhs = -F[0] - matvec(A.mT, weighted)
     dx = ops.cholesky_solve(factor.cholesky, rhs[..., None])[..., 0]

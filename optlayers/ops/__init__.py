@@ -122,6 +122,13 @@ class Ops(Protocol):
         """`true(*operands)` or `false(*operands)`; both return the same structure."""
         ...
 
+    def cond_or_both(self, condition: Array, both: Callable, false: Callable, operand: Any) -> Any:
+        """`false(operand)` where `condition` is known to be false, or at run time; else `both(operand)`.
+
+        Differentiable; `both` covers either case.
+        """
+        ...
+
     def stop_gradient(self, x: Array) -> Array: ...
     def on_host(self, function: Callable, *arrays: Array) -> None:
         """`function` of the arrays as NumPy arrays, now, or never where they are only traced."""

@@ -149,6 +149,10 @@ def jacobian(function, x):
     return jax.vmap(column, out_axes=-1)(jnp.eye(size, dtype=x.dtype))
 
 
+def cond_or_both(condition, both, false, operand):
+    return lax.cond(condition, both, false, operand)
+
+
 def leaf(solve, inputs):
     from . import jax as ops
 

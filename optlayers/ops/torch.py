@@ -8,6 +8,7 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 sqrt, exp, log, isfinite = torch.sqrt, torch.exp, torch.log, torch.isfinite
 inf, nan = torch.inf, torch.nan
@@ -153,6 +154,19 @@ def repeat(count, body, state):
 
 def cond(condition, true, false, *operands):
     return true(*operands) if bool(condition) else false(*operands)
+
+
+def _is_known(x) -> bool:
+    """Whether `x` has a value that Python may read: it is not traced, nor mapped by torch.func.vmap."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return not (torch.compiler.is_compiling() or isinstance(x, FakeTensor))
+
+
+def cond_or_both(condition, both, false, operand):
+    return false(operand) if _is_known(condition) and not bool(condition) else both(operand)
 
 
 def stop_gradient(x):
