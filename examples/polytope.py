@@ -32,7 +32,7 @@ TRUE_FACES, LEARNED_FACES, HIDDEN, NOISE = 6, 12, 64, 0.02
 
 
 class Size(NamedTuple):
-    """How much is computed: pairs, polytopes to choose from, minibatch, steps for a polytope and for the MLP."""
+    """How much is computed: pairs, starts for the polytope, minibatch, steps for a polytope and for the MLP."""
 
     pairs: int = 2000
     restarts: int = 3
@@ -215,11 +215,13 @@ def set_up(framework):
     """The layer and the trainer of a framework, in double precision."""
     if framework == "torch":
         import torch
+
         from optlayers.torch import CvxpyLayer
 
         torch.set_num_threads(1)  # the matrices are tiny: threads would only wait for one another
         return CvxpyLayer, torch_trainer
     import jax
+
     from optlayers.jax import CvxpyLayer
 
     jax.config.update("jax_enable_x64", True)
@@ -306,6 +308,10 @@ def run(framework="torch", seed=0, size=None):
     return Result(true, data, polytopes, mlp_fit, iou(true, polytopes[0].weights[-1]), seconds)
 
 
+def count(weights):
+    return sum(w.size for w in weights)
+
+
 def print_table(result):
     rows = [
         ("polytope", result.polytopes[0], f"{result.iou:.4f}", result.seconds[0]),
@@ -313,8 +319,8 @@ def print_table(result):
     ]
     print(f"\n{'method':<12}{'test MSE':>10}{'IoU':>9}{'seconds':>9}{'parameters':>12}")
     for method, fit, overlap, seconds in rows:
-        count = sum(w.size for w in fit.weights[-1])
-        print(f"{method:<12}{fit.errors[-1]:>10.1e}{overlap:>9}{seconds:>9.1f}{count:>12}")
+        parameters = count(fit.weights[-1])
+        print(f"{method:<12}{fit.errors[-1]:>10.1e}{overlap:>9}{seconds:>9.1f}{parameters:>12}")
 
 
 # %% [markdown]
@@ -328,47 +334,61 @@ def closed(vertices):
     return np.append(vertices, vertices[:1], 0).T
 
 
-def draw_polytopes(axes, result, shown=60):
+def draw_pairs(axes, x, y, label):
+    axes.scatter(*x.T, s=16, color=GREY, zorder=2, label=label)
+    outside = np.sum((y - x) ** 2, -1) > 0.1**2
+    x, arrow = x[outside], (y - x)[outside]
+    axes.quiver(
+        *x.T,
+        *arrow.T,
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+        width=0.0028,
+        headwidth=5,
+        color=GREY,
+        zorder=2,
+    )
+
+
+def draw_polytopes(axes, result, shown=60, early=(0, 6, 12)):
     """Some pairs, the true polytope, and the learned one: early, and at the end."""
-    x, y = (part[:shown] for part in result.data)
-    best, early = result.polytopes[0], (0, 4, 8)
-    true = polygon(*result.true)
+    (x, y), best, true = result.data, result.polytopes[0], polygon(*result.true)
     axes.fill(*true.T, color=BLUE, zorder=1)
-    style = dict(angles="xy", scale_units="xy", scale=1, width=0.0028, headwidth=5, headlength=6)
-    axes.quiver(*x.T, *(y - x).T, color=GREY, zorder=2, **style)
-    axes.scatter(*x.T, s=16, color=GREY, zorder=2, label=f"x and its arrow to y, {shown} of {len(result.data[0]):,}")
-    axes.plot(*closed(true), color=INK, linewidth=6, solid_joinstyle="round", zorder=3, label="true polytope")
+    draw_pairs(axes, x[:shown], y[:shown], f"x and its arrow to y, {shown} of {len(x):,}")
+    axes.plot(*closed(true), color=INK, lw=6, solid_joinstyle="round", zorder=3, label="true polytope")
+    dashed = {"color": ORANGE, "lw": 1.2, "ls": (0, (4, 2)), "zorder": 4}
     for step in early:
-        label = "learned, steps " + ", ".join(map(str, early)) if step == 0 else None
-        vertices = polygon(*best.weights[best.steps.index(step)])
-        axes.plot(*closed(vertices), color=ORANGE, linewidth=1.2, linestyle=(0, (4, 2)), zorder=4, label=label)
-    label = f"learned, step {best.steps[-1]}"
-    axes.plot(*closed(polygon(*best.weights[-1])), color=ORANGE, linewidth=2.4, zorder=5, label=label)
+        axes.plot(*closed(polygon(*best.weights[np.searchsorted(best.steps, step)])), **dashed)
+    axes.plot([], [], **dashed, label=f"learned, steps {', '.join(map(str, early))}")
+    final = closed(polygon(*best.weights[-1]))
+    axes.plot(*final, color=ORANGE, lw=2.4, zorder=5, label=f"learned, step {best.steps[-1]}")
     axes.set(aspect="equal", xlim=(-2.05, 2.05), ylim=(-2.05, 2.05))
-    axes.set_title(f"{LEARNED_FACES} faces learned from {len(result.data[0]):,} pairs: IoU {result.iou:.3f}")
+    axes.set_title(f"{LEARNED_FACES} faces learned from {len(x):,} pairs: IoU {result.iou:.3f}", pad=10)
     axes.set_axis_off()
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, frameon=False)
 
 
+def draw_fit(axes, fit, name, color, **place):
+    axes.plot(np.arange(len(fit.losses)) + 1, fit.losses, color=color, lw=0.6, alpha=0.35)
+    axes.plot(fit.steps[1:], fit.errors[1:], color=color, lw=2.6)
+    text = f"{name}\n{count(fit.weights[-1]):,} parameters\nerror {fit.errors[-1]:.1e}"
+    end = fit.steps[-1], fit.errors[-1]
+    axes.annotate(text, end, textcoords="offset points", color=color, weight="bold", **place)
+
+
 def draw_training(axes, result):
-    """Training loss, faint, and error on test pairs without noise, of the best polytope and of the MLP."""
-    best = result.polytopes[0]
-    for fit, color, name, offset in (
-        (result.mlp, VIOLET, f"MLP {HIDDEN}x{HIDDEN}", (0, -8)),
-        (best, ORANGE, "polytope layer", (8, 0)),
-    ):
-        axes.plot(np.arange(len(fit.losses)) + 1, fit.losses, color=color, linewidth=0.6, alpha=0.35)
-        axes.plot(fit.steps[1:], fit.errors[1:], color=color, linewidth=2.6)
-        text = f"{name}\n{sum(w.size for w in fit.weights[-1]):,} parameters\n{fit.errors[-1]:.1e}"
-        place = dict(ha="right", va="top") if fit is result.mlp else dict(ha="left", va="center")
-        end = fit.steps[-1], fit.errors[-1]
-        axes.annotate(text, end, offset, textcoords="offset points", color=color, weight="bold", **place)
-    axes.axhline(NOISE**2, color=INK, linewidth=1, linestyle=(0, (1, 2)))
+    """Errors of the best polytope and of the MLP during training."""
+    best, mlp_fit = result.polytopes[0], result.mlp
+    draw_fit(axes, best, "polytope layer", ORANGE, xytext=(8, 0), ha="left", va="center")
+    draw_fit(axes, mlp_fit, f"MLP {HIDDEN}x{HIDDEN}", VIOLET, xytext=(0, -8), ha="right", va="top")
+    axes.axhline(NOISE**2, color=INK, lw=1, ls=":")
     axes.annotate("noise of the training pairs", (1, NOISE**2), (0, -4), textcoords="offset points", va="top")
-    axes.set(xscale="log", yscale="log", xlabel="step")
-    axes.set_title("Mean squared error: on test pairs (bold), on minibatches (faint)")
+    axes.set(xscale="log", yscale="log", xlabel="step", ylim=(best.errors[-1] / 4, None))
+    axes.set_ylabel("mean squared error: test pairs (bold), minibatches (faint)")
+    axes.set_title(f"Test error: 1/{mlp_fit.errors[-1] / best.errors[-1]:.0f} of the perceptron's", pad=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e6ebf0", linewidth=0.8)
+    axes.grid(color="#e6ebf0", lw=0.8)
     axes.set_axisbelow(True)
 
 

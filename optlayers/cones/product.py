@@ -15,9 +15,8 @@ On a kink of the projection D is the smallest of its choices: the constraint cou
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ import numpy as np
 from ..ops import Array, Ops
 from .exponential import Exponential
 from .orthant import Orthant
+from .power import Power
 from .second_order import SecondOrder
 from .semidefinite import Semidefinite
 
@@ -53,6 +53,11 @@ class Cones:
     psd: tuple[int, ...] = ()
     exp: int = 0
     pow: tuple[tuple[float, ...], ...] = ()
+    layout: _Layout = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        # Once per program: a product of thousands of cones must not cost a Python loop at every call.
+        object.__setattr__(self, "layout", _layout(self))
 
     @property
     def rows(self) -> int:
@@ -67,39 +72,58 @@ class Cones:
 
 
 class _Block(NamedTuple):
-    """`count` cones that are computed together, and the first row of each."""
+    """`count` cones that are computed together: rows from `start` on, or those in `index`."""
 
     cone: Any
     count: int
-    starts: tuple[int, ...]
-
-    @property
-    def rows(self) -> list[int]:
-        return [start + i for start in self.starts for i in range(self.cone.rows)]
+    start: int
+    index: np.ndarray | None
 
 
-def _blocks(cones: Cones) -> list[_Block]:
-    """The cones of a program, those of one family and size together."""
-    singles: list[Any] = [Orthant(cones.zero, cones.nonneg)] if cones.zero + cones.nonneg else []
-    singles += [SecondOrder(size) for size in cones.soc]
-    singles += [Semidefinite(order) for order in cones.psd]
-    singles += [Exponential()] * cones.exp
-    starts = [0, *itertools.accumulate(cone.rows for cone in singles)]
-    blocks = []
-    for cone in dict.fromkeys(singles):
-        chosen = tuple(start for start, other in zip(starts, singles, strict=False) if other == cone)
-        blocks.append(_Block(cone, len(chosen), chosen))
-    return blocks
+class _Layout(NamedTuple):
+    """The blocks of a product of cones, and where each row of it stands in them (None: in order)."""
+
+    blocks: tuple[_Block, ...]
+    order: np.ndarray | None
+
+
+def _layout(cones: Cones) -> _Layout:
+    """Cones of one family and size together, at the place of the first of them."""
+    starts: dict[Any, list[int]] = {}
+    row = cones.zero + cones.nonneg
+    if row:
+        starts[Orthant(cones.zero, cones.nonneg)] = [0]
+    for cone in (*map(SecondOrder, cones.soc), *map(Semidefinite, cones.psd), *[Exponential()] * cones.exp):
+        starts.setdefault(cone, []).append(row)
+        row += cone.rows
+    weights: dict[int, list[tuple[float, ...]]] = {}
+    for a in cones.pow:
+        weights.setdefault(len(a), []).append(tuple(a))
+    powers = {k: Power(tuple(same)) for k, same in weights.items()}
+    for a in cones.pow:
+        starts.setdefault(powers[len(a)], []).append(row)
+        row += len(a) + 1
+
+    blocks, rows = [], []
+    for cone, first in starts.items():
+        index = (np.array(first)[:, None] + np.arange(cone.rows)).ravel()
+        adjacent = index[-1] - index[0] + 1 == len(index)
+        blocks.append(_Block(cone, len(first), first[0], None if adjacent else index))
+        rows.append(index)
+    rows = np.concatenate(rows) if rows else np.zeros(0, int)
+    return _Layout(tuple(blocks), None if np.all(rows[1:] > rows[:-1]) else np.argsort(rows))
 
 
 def _split(ops: Ops, blocks: Sequence[_Block], v: Array) -> list[Array]:
     """Points (B, c, d) of each block in v (B, m)."""
     parts = []
     for block in blocks:
-        rows = block.rows
-        contiguous = rows[-1] - rows[0] + 1 == len(rows)
-        part = v[:, rows[0] : rows[-1] + 1] if contiguous else ops.take(v, ops.constant(np.array(rows), v))
-        parts.append(ops.reshape(part, (v.shape[0], block.count, block.cone.rows)))
+        count, d = block.count, block.cone.rows
+        if block.index is None:
+            part = v[:, block.start : block.start + count * d]
+        else:
+            part = ops.take(v, ops.constant(block.index, v))
+        parts.append(ops.reshape(part, (v.shape[0], count, d)))
     return parts
 
 
@@ -107,56 +131,51 @@ def _split_columns(ops: Ops, blocks: Sequence[_Block], u: Array) -> list[Array]:
     """Operands (B, c, k, d) of each block in u (B, m, k)."""
     parts = []
     for block in blocks:
-        rows = block.rows
-        if rows[-1] - rows[0] + 1 == len(rows):
-            part = u[:, rows[0] : rows[-1] + 1]
+        count, d = block.count, block.cone.rows
+        if block.index is None:
+            part = u[:, block.start : block.start + count * d]
         else:
-            part = ops.take(u.mT, ops.constant(np.array(rows), u)).mT
-        parts.append(ops.reshape(part, (u.shape[0], block.count, block.cone.rows, u.shape[-1])).mT)
+            part = ops.take(u.mT, ops.constant(block.index, u)).mT
+        parts.append(ops.reshape(part, (u.shape[0], count, d, u.shape[-1])).mT)
     return parts
 
 
-def _join(ops: Ops, blocks: Sequence[_Block], parts: Sequence[Array]) -> Array:
+def _join(ops: Ops, layout: _Layout, parts: Sequence[Array]) -> Array:
     """The inverse of `_split`."""
     flat = [ops.reshape(part, (part.shape[0], part.shape[1] * part.shape[2])) for part in parts]
     joined = ops.concat(flat, axis=-1) if len(flat) > 1 else flat[0]
-    order = _original_order(blocks)
-    return joined if order is None else ops.take(joined, ops.constant(order, joined))
+    return joined if layout.order is None else ops.take(joined, ops.constant(layout.order, joined))
 
 
-def _join_columns(ops: Ops, blocks: Sequence[_Block], parts: Sequence[Array]) -> Array:
+def _join_columns(ops: Ops, layout: _Layout, parts: Sequence[Array]) -> Array:
     """The inverse of `_split_columns`."""
-    flat = [ops.reshape(part.mT, (part.shape[0], -1, part.shape[2])) for part in parts]
+    shapes = [part.mT.shape for part in parts]
+    flat = [
+        ops.reshape(part.mT, (batch, count * d, k))
+        for part, (batch, count, d, k) in zip(parts, shapes, strict=True)
+    ]
     joined = ops.concat(flat, axis=-2) if len(flat) > 1 else flat[0]
-    order = _original_order(blocks)
-    return joined if order is None else ops.take(joined.mT, ops.constant(order, joined)).mT
-
-
-def _original_order(blocks: Sequence[_Block]) -> np.ndarray | None:
-    """Where each row stands among the rows of the blocks; None if they are in order."""
-    rows = [row for block in blocks for row in block.rows]
-    return None if rows == sorted(rows) else np.argsort(np.array(rows))
+    return joined if layout.order is None else ops.take(joined.mT, ops.constant(layout.order, joined)).mT
 
 
 def project(ops: Ops, cones: Cones, v: Array) -> Array:
     """Pi_K(v), (B, m). Not to be differentiated: see `project_linearized`."""
-    blocks = _blocks(cones)
+    blocks = cones.layout.blocks
     if not blocks:
         return v
-    return _join(
-        ops, blocks, [b.cone.project(ops, x) for b, x in zip(blocks, _split(ops, blocks, v), strict=True)]
-    )
+    args = zip(blocks, _split(ops, blocks, v), strict=True)
+    return _join(ops, cones.layout, [b.cone.project(ops, x) for b, x in args])
 
 
 def linearize(ops: Ops, cones: Cones, v: Array) -> Linearization:
     """Spectral data of D = dPi_K(v), an element of the generalised Jacobian: arrays with B in front."""
-    blocks = _blocks(cones)
+    blocks = cones.layout.blocks
     return tuple(b.cone.linearize(ops, x) for b, x in zip(blocks, _split(ops, blocks, v), strict=True))
 
 
 def linearization_shapes(cones: Cones, batch: int) -> list[tuple[tuple[int, ...], str]]:
     """Shape and kind ("float") of each array of `flatten(linearize(ops, cones, v))`."""
-    return [((batch, *shape), "float") for b in _blocks(cones) for shape in b.cone.shapes(b.count)]
+    return [((batch, *shape), "float") for b in cones.layout.blocks for shape in b.cone.shapes(b.count)]
 
 
 def flatten(linearization: Linearization) -> list[Array]:
@@ -167,7 +186,7 @@ def flatten(linearization: Linearization) -> list[Array]:
 def unflatten(cones: Cones, arrays: Sequence[Array]) -> Linearization:
     """The inverse of `flatten`."""
     rest = iter(arrays)
-    return tuple(tuple(next(rest) for _ in b.cone.shapes(b.count)) for b in _blocks(cones))
+    return tuple(tuple(next(rest) for _ in b.cone.shapes(b.count)) for b in cones.layout.blocks)
 
 
 def spectral(
@@ -190,7 +209,7 @@ def spectral(
     Returns:
         (B, m), or (B, m, k).
     """
-    blocks = _blocks(cones)
+    blocks = cones.layout.blocks
     if not blocks:
         return u
     if not columns:
@@ -198,7 +217,7 @@ def spectral(
     elif u.ndim == 2:
         u = u[None]
     args = zip(blocks, linearization, _split_columns(ops, blocks, u), strict=True)
-    product = _join_columns(ops, blocks, [b.cone.spectral(ops, lin, g, x) for b, lin, x in args])
+    product = _join_columns(ops, cones.layout, [b.cone.spectral(ops, lin, g, x) for b, lin, x in args])
     return product if columns else product[..., 0]
 
 
@@ -210,11 +229,11 @@ def project_linearized(
     Differentiable in every mode and nesting: the branch, the eigenvectors and the roots that the projection
     depends on are taken from `linearization`, which must be constant and built at the value of `v`.
     """
-    blocks = _blocks(cones)
+    blocks = cones.layout.blocks
     if not blocks:
         return v
     args = zip(blocks, linearization, _split(ops, blocks, v), strict=True)
-    return _join(ops, blocks, [b.cone.project_linearized(ops, lin, x, order) for b, lin, x in args])
+    return _join(ops, cones.layout, [b.cone.project_linearized(ops, lin, x, order) for b, lin, x in args])
 
 
 def margin(ops: Ops, cones: Cones, s: Array) -> Array:

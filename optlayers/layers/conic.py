@@ -184,6 +184,7 @@ def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[A
     singular = usable[:, 0] & ~(regularity.x & regularity.y)
     # J0 of the scaled problem, applied through the detached matrices of the unscaled one.
     P0, A0 = Scaled(c * D, ops.stop_gradient(P), D), Scaled(E, ops.stop_gradient(A), D)
+    q, b, l, u = (z[None] if z.ndim == 1 else z for z in (q, b, l, u))
     bounds = tuple(E[:, : bound.shape[-1]] * bound for bound in (l, u))
 
     def inverse(r):

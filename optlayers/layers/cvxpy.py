@@ -81,13 +81,20 @@ def evaluate(ops: Ops, program: Program, values: Sequence[Array], like: Array) -
         flat, size = ops.constant(split.constant, like), split.constant.size
         for terms, theta in ((split.shared, shared_theta), (split.batched, batched_theta)):
             if len(terms.cols):
-                picked = ops.take(theta, ops.constant(terms.cols, like)) * ops.constant(terms.coefs, like)
-                flat = flat + ops.scatter_add(picked, ops.constant(terms.positions, like), size)
+                coefs = _row(ops.constant(terms.coefs, like), theta)
+                picked = ops.take(theta, ops.constant(terms.cols, like)) * coefs
+                part = ops.scatter_add(picked, ops.constant(terms.positions, like), size)
+                flat = _row(flat, part) + part
         return ops.reshape(flat, (*flat.shape[:-1], *split.shape))
 
     P, q, A, b = (build(split) for split in _splits(program, batched))
     lower, upper = (ops.constant(bound, like) for bound in _bounds(program))
     return Problem(P, q, A, b, lower, upper)
+
+
+def _row(x: Array, like: Array) -> Array:
+    """The vector `x` with as many axes as `like`, which JAX can be told to insist on."""
+    return x[None] if x.ndim < like.ndim else x
 
 
 def _bounds(program: Program) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +113,7 @@ def read(ops: Ops, output: Output, solution: ConicSolution) -> Array:
     def pick(indices, coefs):
         # Index -1 is a structural zero: the padding behind the last entry.
         where = np.where(indices < 0, source.shape[-1], indices)
-        return ops.take(padded, ops.constant(where, source)) * ops.constant(coefs, source)
+        return ops.take(padded, ops.constant(where, source)) * ops.constant(coefs, source)[None]
 
     value = pick(output.indices, output.coefs)
     if output.imag_indices is not None:

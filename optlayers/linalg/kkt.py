@@ -78,6 +78,11 @@ def matvec(matrix: Array | Scaled, x: Array) -> Array:
     return (x[..., None, :] @ matrix.mT)[..., 0, :]
 
 
+def batched(matrix: Array) -> Array:
+    """The matrix (k, n) or (B, k, n) with a batch axis; JAX can be told to insist on it."""
+    return matrix[None] if matrix.ndim == 2 else matrix
+
+
 def norm(ops: Ops, x: Array) -> Array:
     """Largest absolute entry of each row: (B, k) to (B,)."""
     return ops.amax(abs(x), -1)
@@ -88,7 +93,7 @@ def factorize(ops: Ops, cones: Cones, problem: Problem, v: Array, e: Array) -> F
     linearization = linearize(ops, cones, problem.bounds, v)
     weight = lambda d: ops.sqrt((1 - d) / (d + e))
     half = spectral(ops, cones, linearization, weight, problem.A, columns=True)
-    H = problem.P + e[..., None] * ops.eye(problem.P.shape[-1], problem.q) + half.mT @ half
+    H = batched(problem.P) + e[..., None] * batched(ops.eye(problem.P.shape[-1], e)) + half.mT @ half
     return Factor(ops.cholesky(H), linearization, e)
 
 

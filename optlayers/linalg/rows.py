@@ -68,6 +68,7 @@ def spectral(
         if not cones.rows:
             return weights * u
         return ops.concat([weights * u[:, :k], curved.spectral(ops, cones, lin.cones, g, u[:, k:])], -1)
+    u = u[None] if u.ndim == 2 else u
     head = weights[..., None] * u[..., :k, :]
     if not cones.rows:
         return head

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..cones import Cones
-from ..linalg.kkt import Problem, matvec, norm
+from ..linalg.kkt import Problem, batched, matvec, norm
 from ..linalg.rows import project
 from ..ops import Array, Ops
 from .base import Direction
@@ -123,7 +123,8 @@ class ADMM:
         With P + sigma I = L L' and L^-1 A'R_1 A L^-T = Q Lambda Q' (R = rho R_1), V = L^-T Q gives
         (P + sigma I + A'RA)^-1 = V (1 + rho Lambda)^-1 V'.
         """
-        shifted = problem.P + self.sigma * ops.eye(problem.P.shape[-1], problem.q)
+        identity = ops.eye(problem.P.shape[-1], rho)
+        shifted = problem.P + self.sigma * (identity if problem.P.ndim == 2 else identity[None])
         if self._is_shared(problem):
             R = self._penalties(ops, problem, ops.full((1, 1), 1.0, rho))[0]
             inverse = ops.inverse_triangular(ops.cholesky(shifted))
@@ -131,13 +132,14 @@ class ADMM:
             values, Q = ops.eigh(half.mT @ (R[:, None] * half))
             return values, inverse.mT @ Q
         R = self._penalties(ops, problem, rho)
-        return (ops.cholesky(shifted + problem.A.mT @ (R[..., None] * problem.A)),)
+        A = batched(problem.A)
+        return (ops.cholesky(batched(shifted) + A.mT @ (R[..., None] * A)),)
 
     def _solve(self, ops: Ops, factor: Any, rho: Array, rhs: Array) -> Array:
         if len(factor) == 1:
             return ops.cholesky_solve(factor[0], rhs[..., None])[..., 0]
         values, V = factor
-        return ((rhs @ V) / (1 + rho * values)) @ V.mT
+        return ((rhs @ V) / (1 + rho * values[None])) @ V.mT
 
 
 def sum_of_norms(ops: Ops, arrays) -> Array:

@@ -43,7 +43,7 @@ def equilibrate(
     P, A, q = _scale_matrix(problem.P, D, D), _scale_matrix(problem.A, E, D), D * problem.q
     c = _cost_scale(ops, P, q, linear)
     if not linear:
-        P = P * (c[..., None] if P.ndim == 3 else c)
+        P = P * (c[..., None] if P.ndim == 3 else c[:1])
     k = problem.l.shape[-1]
     l, u = (E[:, :k] * bound for bound in problem.bounds)
     return Problem(P, c * q, A, E * problem.b, l, u), Scaling(D, E, c)
@@ -54,13 +54,13 @@ def _cost_scale(ops: Ops, P: Array, q: Array, linear: bool) -> Array:
     size = ops.amax(abs(q), -1, keepdims=True)
     if not linear:
         columns = ops.sqrt(ops.sum(P * P, -1))
-        mean = ops.reshape(ops.sum(columns, -1) / P.shape[-1], (-1, 1))
+        mean = ops.reshape(ops.sum(columns, -1) / max(P.shape[-1], 1), (-1, 1))
         size = mean if P.ndim == 2 else ops.maximum(mean, size)
     return 1 / ops.where(size > 0, size, 1.0)
 
 
 def _scale_matrix(M: Array, left: Array, right: Array) -> Array:
-    scaled = left[..., :, None] * M * right[..., None, :]
+    scaled = left[..., :, None] * (M[None] if M.ndim == 2 else M) * right[..., None, :]
     return scaled[0] if M.ndim == 2 and scaled.shape[0] == 1 else scaled
 
 

@@ -476,8 +476,8 @@ def test_while_loop_under_vmap_of_jax(rng):
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_cond(ops, framework, sign):
     def function(x, y):
-        up = lambda x, y: (x * y, {"sum": x + y})  # noqa: E731
-        down = lambda x, y: (x - y, {"sum": -x})  # noqa: E731
+        up = lambda x, y: (x * y, {"sum": x + y})
+        down = lambda x, y: (x - y, {"sum": -x})
         return ops.cond(ops.all(x > 0), up, down, x, y)
 
     x, y = sign * np.array([1.0, 2.0]), np.array([3.0, 4.0])
@@ -584,7 +584,7 @@ def test_call_detached(ops, framework):
 
 def test_frozen_jvp(ops, framework, rng):
     x, dx = framework.array(rng.normal(size=(2, 3))), framework.array(rng.normal(size=(2, 3)))
-    cube = lambda z: z**3  # noqa: E731
+    cube = lambda z: z**3
     assert_close(ops.frozen_jvp(cube, x)(dx), numpy(3 * x**2 * dx))
     # Linear in dx, and constant in x.
     _, pull = framework.vjp(lambda x, dx: ops.frozen_jvp(cube, x)(dx), x, dx)
@@ -688,7 +688,7 @@ class Echo:
 def test_leaf_may_return_its_input(ops, framework):
     x = np.ones((2, 3))
     assert_all_close(ops.leaf(Echo(), [framework.array(x)]), [x, x])
-    call = lambda x: ops.leaf(Echo(), [x])  # noqa: E731
+    call = lambda x: ops.leaf(Echo(), [x])
     assert_all_close(framework.vmap(call)(framework.array(x[None])), [x[None], x[None]])
 
 
@@ -697,7 +697,7 @@ def test_leaf_has_no_derivatives(ops, framework, rng):
     x = rng.normal(size=(2, 3))
     assert_no_derivatives(framework, lambda x: ops.leaf(Halving(), (A, x))[0], x)
     assert_no_derivatives(framework, framework.vmap(lambda x: ops.leaf(Halving(), (A, x))[0][0]), x)
-    product = lambda x: x * ops.leaf(Halving(), (A, x))[0]  # noqa: E731
+    product = lambda x: x * ops.leaf(Halving(), (A, x))[0]
     for mode in MODES:
         derivative = framework.fast(differentiate(framework, product, [mode]))(framework.array(x))
         assert_close(derivative, halved(numpy(A), x)[0])
@@ -822,8 +822,8 @@ SEQUENCES = [modes for n in range(1, 4) for modes in itertools.product(MODES, re
 @pytest.mark.parametrize("modes", SEQUENCES, ids="-".join)
 def test_guard(ops, framework, modes):
     x, n = np.array([0.5, -1.5]), len(modes)
-    around = lambda order: lambda x: ops.guard(x**3, order, MESSAGE)  # noqa: E731
-    linear = lambda order: lambda x: ops.guard(x, order, MESSAGE)  # noqa: E731
+    around = lambda order: lambda x: ops.guard(x**3, order, MESSAGE)
+    linear = lambda order: lambda x: ops.guard(x, order, MESSAGE)
     for function in (partial(cube, ops), around):
         derivative = framework.fast(differentiate(framework, function(n), modes))
         assert_close(derivative(framework.array(x)), CUBE_DERIVATIVES[n](x))
@@ -843,7 +843,7 @@ def test_guard_keeps_values(ops, framework, rng, dtype):
 @pytest.mark.parametrize("modes", SEQUENCES[2:6], ids="-".join)
 def test_guard_under_vmap(ops, framework, rng, modes):
     x = framework.array(rng.normal(size=(4, 2)))
-    second = lambda order: framework.vmap(differentiate(framework, cube(ops, order), modes))  # noqa: E731
+    second = lambda order: framework.vmap(differentiate(framework, cube(ops, order), modes))
     assert_close(framework.fast(second(2))(x), 6 * numpy(x))
     assert_close(framework.fast(framework.vmap(second(2)))(x[:, None]), 6 * numpy(x[:, None]))
     with pytest.raises(NotImplementedError, match=MESSAGE):
@@ -853,7 +853,7 @@ def test_guard_under_vmap(ops, framework, rng, modes):
 @pytest.mark.parametrize("modes", SEQUENCES[:6], ids="-".join)
 def test_guard_compiled(ops, framework, rng, modes):
     x, n = framework.array(rng.normal(size=3)), len(modes)
-    compiled = lambda order: framework.compile(differentiate(framework, cube(ops, order), modes))  # noqa: E731
+    compiled = lambda order: framework.compile(differentiate(framework, cube(ops, order), modes))
     assert_close(compiled(n)(x), CUBE_DERIVATIVES[n](numpy(x)))
     # torch.compile wraps the error in one of its own.
     with pytest.raises(Exception, match=MESSAGE):

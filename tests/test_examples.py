@@ -1,0 +1,52 @@
+"""Every example runs in its quick form, writes its picture and learns what it should."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = [("polytope", "torch"), ("polytope", "jax")]
+
+
+def run(script, *options):
+    """What a script prints on this checkout."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), *options]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr, result.stderr
+    return result.stdout
+
+
+def rows(table):
+    """The rows below the line that starts with "method", each as its name and its other columns."""
+    _, _, body = table.partition("\nmethod ")
+    _, *lines = body.split("\n\n")[0].splitlines()
+    return {line[:12].strip(): line[12:].split() for line in lines}
+
+
+def check_polytope(output):
+    table = rows(output)
+    error, iou = (float(entry) for entry in table["polytope"][:2])
+    assert iou >= 0.95
+    assert error < float(table["MLP 64x64"][0]) / 10
+
+
+CHECKS = {"polytope": check_polytope}
+
+
+def test_every_example_is_run():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {script for script, _ in EXAMPLES}
+
+
+@pytest.mark.parametrize("script, framework", EXAMPLES)
+def test_example(script, framework, tmp_path):
+    for package in (framework, "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    picture = tmp_path / "picture.png"
+    output = run(script, "--quick", "--framework", framework, "--output", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+    CHECKS[script](output)
