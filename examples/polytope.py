@@ -32,13 +32,13 @@ TRUE_FACES, LEARNED_FACES, HIDDEN, NOISE = 6, 12, 64, 0.02
 
 
 class Size(NamedTuple):
-    """How much is computed: pairs, starts for the polytope, minibatch, steps for a polytope and for the MLP."""
+    """Pairs, starts of which the best counts, minibatch, and steps for either model."""
 
     pairs: int = 2000
     restarts: int = 3
-    batch: int = 256
+    batch: int = 128
     steps: int = 300
-    mlp_steps: int = 6000
+    mlp_steps: int = 8000
 
 
 QUICK = Size(pairs=500, restarts=1, batch=64, steps=150, mlp_steps=1000)
@@ -336,19 +336,10 @@ def closed(vertices):
 
 def draw_pairs(axes, x, y, label):
     axes.scatter(*x.T, s=16, color=GREY, zorder=2, label=label)
-    outside = np.sum((y - x) ** 2, -1) > 0.1**2
-    x, arrow = x[outside], (y - x)[outside]
-    axes.quiver(
-        *x.T,
-        *arrow.T,
-        angles="xy",
-        scale_units="xy",
-        scale=1,
-        width=0.0028,
-        headwidth=5,
-        color=GREY,
-        zorder=2,
-    )
+    is_moved = np.sum((y - x) ** 2, -1) > 0.1**2
+    x, arrow = x[is_moved], (y - x)[is_moved]
+    in_data_units = {"angles": "xy", "scale_units": "xy", "scale": 1}
+    axes.quiver(*x.T, *arrow.T, **in_data_units, width=0.0028, headwidth=5, color=GREY, zorder=2)
 
 
 def draw_polytopes(axes, result, shown=60, early=(0, 6, 12)):

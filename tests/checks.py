@@ -92,43 +92,44 @@ def closed_form_gradients(program, x_bar, y_bar):
     return -(np.outer(wx, x) + np.outer(x, wx)) / 2, -wx, A_bar, b_bar
 
 
-def direction_of(rng, parameter, shape):
-    """A random direction of unit size that keeps the symmetry of the parameter."""
-    d = rng.standard_normal(shape)
-    if parameter.is_symmetric() and parameter.ndim == 2 and parameter.size > 1:
-        d = (d + np.swapaxes(d, -1, -2)) / 2
+def direction_of(rng, parameter, value):
+    """A random direction of unit size in which a symmetric parameter stays so, and a PSD one its rank."""
+    d = rng.standard_normal(value.shape)
+    if parameter.ndim == 2 and parameter.is_symmetric():
+        d = d + np.swapaxes(d, -1, -2)
+    if parameter.attributes["PSD"]:
+        d = value @ d @ value
     return d / np.abs(d).max()
 
 
-def differences(solve, values, i, direction, step):
-    """Central differences of the outputs of `solve` for a shift of values[i]."""
-    ahead, behind = (
-        solve([*values[:i], values[i] + sign * step * direction, *values[i + 1 :]]) for sign in (1, -1)
-    )
-    return [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+def directional_derivatives(solve, values, parameters, cotangents, rng, step=1e-5):
+    """For each parameter a random direction, and the derivative (B,) of the weighted outputs in it.
 
-
-def assert_directional_derivative(
-    solve, values, parameters, cotangents, gradients, rng, batch, step=1e-5, tolerance=1e-5
-):
-    """Gradients against central differences, for each parameter and each problem of the batch by itself.
-
-    A wrong gradient of one parameter or one problem cannot hide behind the others. `solve` must be right to
-    about 1e-12: then rounding costs 1e-7 absolute, and truncation less.
-
-    Args:
-        solve: values to outputs, each with one batch axis.
-        cotangents: weights of the outputs, whose weighted sum the gradients are of.
-        batch: number of problems.
+    Central differences: `solve`, from values to outputs (B, ...), must be right to about 1e-12; then rounding
+    costs 1e-7 absolute, and truncation less.
     """
+    derivatives = []
     for i, (value, parameter) in enumerate(zip(values, parameters, strict=True)):
-        direction = direction_of(rng, parameter, value.shape)
-        changes = differences(solve, values, i, direction, step)
-        weighted = zip(cotangents, changes, strict=True)
-        expected = sum((c * dx).reshape(batch, -1).sum(-1) for c, dx in weighted)
-        if value.ndim > parameter.ndim:
-            actual = (gradients[i] * direction).reshape(batch, -1).sum(-1)
-        else:
-            actual, expected = (gradients[i] * direction).sum(), expected.sum()
+        direction = direction_of(rng, parameter, value)
+        ahead, behind = (solve([*values[:i], value + h * direction, *values[i + 1 :]]) for h in (step, -step))
+        change = sum(_inner(c, a - b) for c, a, b in zip(cotangents, ahead, behind, strict=True))
+        derivatives.append((direction, change / (2 * step)))
+    return derivatives
+
+
+def assert_directional_derivatives(gradients, derivatives, parameters, tolerance=1e-5):
+    """Gradients against `directional_derivatives`, for each parameter and each problem by itself.
+
+    So a wrong gradient of one parameter, or of one problem, cannot hide behind the others.
+    """
+    for gradient, (direction, expected), parameter in zip(gradients, derivatives, parameters, strict=True):
+        is_shared = gradient.ndim == parameter.ndim
+        actual = (gradient * direction).sum() if is_shared else _inner(gradient, direction)
+        expected = expected.sum() if is_shared else expected
         error = np.abs(actual - expected).max() / (np.abs(expected).max() + 1e-2)
         assert error <= tolerance, f"{parameter.name()}: gradient off by {error:.1e} relative"
+
+
+def _inner(a, b):
+    """Inner products (B,) of the rows of two arrays of one shape."""
+    return (a * b).reshape(len(a), -1).sum(-1)

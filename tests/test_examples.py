@@ -42,6 +42,7 @@ def test_every_example_is_run():
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {script for script, _ in EXAMPLES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, framework", EXAMPLES)
 def test_example(script, framework, tmp_path):
     for package in (framework, "matplotlib", "tqdm"):

@@ -10,8 +10,8 @@ def apply_spectral(ops, basis, eigenvalues, g, u):
         basis: eigenvectors in columns (B, c, d, d).
         eigenvalues: (B, c, d).
         g: elementwise, called once with eigenvalues (B, c * d).
-        u: (B, c, k, d) or (1, c, k, d).
+        u: (B, c, d, k) or (1, c, d, k).
     """
     batch, count, d = eigenvalues.shape
     values = g(ops.reshape(eigenvalues, (batch, count * d)))
-    return (u @ basis * ops.reshape(values, (-1, count, 1, d))) @ basis.mT
+    return (basis * ops.reshape(values, (-1, count, 1, d))) @ basis.mT @ u

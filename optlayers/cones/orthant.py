@@ -29,7 +29,7 @@ class Orthant:
 
     def spectral(self, ops, lin, g, u):
         (diagonal,) = lin
-        return g(diagonal[:, 0])[:, None, None] * u
+        return g(diagonal[:, 0])[:, None, :, None] * u
 
     def project_linearized(self, ops, lin, v, order):
         (diagonal,) = lin

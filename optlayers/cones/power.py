@@ -56,24 +56,25 @@ class Power:
 
     def project(self, ops, v):
         scale, u = _normalize(ops, v)
-        inside, zero = self._regions(ops, u)
-        s, _, _ = _point(ops, self._exponents(ops, v), u)
+        a = self._exponents(ops, v)
+        s, _, _ = _point(ops, a, u)
+        inside, zero = _regions(ops, a, u, s)
         return ops.where(inside, v, ops.where(zero, 0.0, scale * s))
 
     def linearize(self, ops, v):
         scale, u = _normalize(ops, v)
         a = self._exponents(ops, v)
-        inside, zero = self._regions(ops, u)
-        curved = ~(inside | zero)
         s, m, axis = _point(ops, a, u)
+        inside, zero = _regions(ops, a, u, s)
+        curved = ~(inside | zero)
         identity = ops.eye(self.rows, v)[None, None]
         columns = [x[..., None, :] for x in (a, u, s, m, axis)]
         D = _expand(ops, *columns, identity, 1)[0]
         D = ops.where(curved[..., None], (D + D.mT) / 2, ops.cast(inside, v)[..., None] * identity)
-        finite = ops.all(ops.isfinite(v), axis=-1)[..., None]
-        eigenvalues, basis = ops.eigh(ops.where(finite[..., None], D, 0.0))
+        # LAPACK may fail on denormal entries; rounding at extreme ratios may leave [-1, 1].
+        D = ops.where(abs(D) < ops.eps(v) ** 2, 0.0, ops.minimum(ops.maximum(D, -1.0), 1.0))
+        eigenvalues, basis = ops.eigh(D)
         eigenvalues = ops.minimum(ops.maximum(eigenvalues, 0.0), 1.0)
-        eigenvalues = ops.where(finite, eigenvalues, float("nan"))
         s = ops.where(inside, v, ops.where(zero, 0.0, scale * s))
         return v, s, basis, eigenvalues, m, ops.where(curved, scale * axis, -1.0)
 
@@ -87,24 +88,17 @@ class Power:
         E = v - v0
         change = (basis @ (eigenvalues * (E[..., None, :] @ basis)[..., 0, :])[..., None])[..., 0]
         if order > 1:
-            half = _expand(ops, self._exponents(ops, v), v0, s, m, axis, E, 2)[1] / 2
+            curved = axis[..., :1] >= 0
+            # The branch that `where` discards is differentiated too and must be finite.
+            point = [ops.where(curved, x, 1.0) for x in (v0, s, m, axis)]
+            half = _expand(ops, self._exponents(ops, v), *point, E, 2)[1] / 2
             # Out of the radius of convergence, which rounding can reach at a kink, first order is better.
             small = ops.sum(half * half, axis=-1, keepdims=True) <= ops.sum(E * E, axis=-1, keepdims=True)
-            change = change + ops.where((axis[..., :1] >= 0) & small, half, 0.0)
+            change = change + ops.where(curved & small, half, 0.0)
         return s + change
 
     def _exponents(self, ops, like):
         return ops.constant(np.array(self.weights)[None], like)
-
-    def _regions(self, ops, u):
-        """Where the projection is the point itself, and where it is zero: (B, c, 1)."""
-        a = self._exponents(ops, u)
-        v, size = u[..., :-1], ops.log(abs(u[..., -1:]))
-        logs = ops.sum(a * ops.log(abs(v)), axis=-1, keepdims=True)
-        inside = ops.all(v > 0, axis=-1)[..., None] & (logs > size)
-        entropy = ops.sum(a * ops.log(a), axis=-1, keepdims=True)
-        zero = ops.all(v <= 0, axis=-1)[..., None] & (logs - entropy >= size)
-        return inside, zero
 
 
 def _normalize(ops, v):
@@ -112,6 +106,18 @@ def _normalize(ops, v):
     scale = ops.amax(abs(v), axis=-1, keepdims=True)
     scale = ops.where(scale > 0, scale, 1.0)
     return scale, v / scale
+
+
+def _regions(ops, a, u, s):
+    """Where the projection is the point itself, and where it is zero: (B, c, 1)."""
+    v, size = u[..., :-1], ops.log(abs(u[..., -1:]))
+    logs = ops.sum(a * ops.log(abs(v)), axis=-1, keepdims=True)
+    inside = ops.all(v > 0, axis=-1)[..., None] & (logs > size)
+    entropy = ops.sum(a * ops.log(a), axis=-1, keepdims=True)
+    polar = ops.all(v <= 0, axis=-1)[..., None] & (logs - entropy >= size)
+    # Next to the polar cone s is zero to working precision, and its derivative a ratio of underflows.
+    polar = polar | (ops.amax(abs(s), axis=-1, keepdims=True) < ops.eps(u) ** 2)
+    return inside, polar & ~inside
 
 
 def _shares(ops, e):
@@ -183,10 +189,11 @@ def _next(ops, low, high, e, newton, r, p):
 def _expand(ops, a, v, s, m, axis, E, order):
     """First and, for order 2, second derivative of the point s along E, by the formulas of the module."""
     w, r, p = s[..., :-1], axis[..., :1], axis[..., 1:]
+    floor = ops.eps(v) ** 2 * ops.amax(abs(v), axis=-1, keepdims=True)
     v, sign = v[..., :-1], ops.where(v[..., -1:] < 0, -1.0, 0.0 * r + 1.0)
     dv, dzeta = E[..., :-1], sign * E[..., -1:]
     total = lambda x: ops.sum(x, axis=-1, keepdims=True)  # noqa: E731
-    scaled = a / ops.maximum(2 * w - v, ops.eps(s) ** 4)
+    scaled = a / ops.maximum(2 * w - v, floor)
     c, lean, sigma = total(scaled * m), total(scaled * w), total(scaled * dv)
     q = lean + r * c
     h, dp = (sigma + c * dzeta) / q, (lean * dzeta - r * sigma) / q

@@ -7,7 +7,7 @@ cone family of this package has, for points (B, c, d) of c equal cones,
     shapes(count)                       shapes of the arrays of a linearisation without the batch axis
     project(ops, v)                     Pi_K(v)
     linearize(ops, v)                   spectral data of D = dPi_K(v)
-    spectral(ops, lin, g, u)            g(D) u for u (B, c, k, d)
+    spectral(ops, lin, g, u)            g(D) u for u (B, c, d, k)
     project_linearized(ops, lin, v, order)   Pi_K(v) near the point of `lin`, differentiable
 
 On a kink of the projection D is the smallest of its choices: the constraint counts as active.
@@ -114,63 +114,46 @@ def _layout(cones: Cones) -> _Layout:
     return _Layout(tuple(blocks), None if np.all(rows[1:] > rows[:-1]) else np.argsort(rows))
 
 
-def _split(ops: Ops, blocks: Sequence[_Block], v: Array) -> list[Array]:
-    """Points (B, c, d) of each block in v (B, m)."""
-    parts = []
-    for block in blocks:
-        count, d = block.count, block.cone.rows
-        if block.index is None:
-            part = v[:, block.start : block.start + count * d]
-        else:
-            part = ops.take(v, ops.constant(block.index, v))
-        parts.append(ops.reshape(part, (v.shape[0], count, d)))
-    return parts
-
-
-def _split_columns(ops: Ops, blocks: Sequence[_Block], u: Array) -> list[Array]:
-    """Operands (B, c, k, d) of each block in u (B, m, k)."""
+def _split(ops: Ops, blocks: Sequence[_Block], u: Array) -> list[Array]:
+    """Operands (B, c, d, k) of each block in u (B, m, k)."""
     parts = []
     for block in blocks:
         count, d = block.count, block.cone.rows
         if block.index is None:
             part = u[:, block.start : block.start + count * d]
         else:
-            part = ops.take(u.mT, ops.constant(block.index, u)).mT
-        parts.append(ops.reshape(part, (u.shape[0], count, d, u.shape[-1])).mT)
+            part = ops.take(u, ops.constant(block.index, u), axis=-2)
+        parts.append(ops.reshape(part, (u.shape[0], count, d, u.shape[-1])))
     return parts
 
 
 def _join(ops: Ops, layout: _Layout, parts: Sequence[Array]) -> Array:
     """The inverse of `_split`."""
-    flat = [ops.reshape(part, (part.shape[0], part.shape[1] * part.shape[2])) for part in parts]
-    joined = ops.concat(flat, axis=-1) if len(flat) > 1 else flat[0]
-    return joined if layout.order is None else ops.take(joined, ops.constant(layout.order, joined))
-
-
-def _join_columns(ops: Ops, layout: _Layout, parts: Sequence[Array]) -> Array:
-    """The inverse of `_split_columns`."""
-    shapes = [part.mT.shape for part in parts]
-    flat = [
-        ops.reshape(part.mT, (batch, count * d, k))
-        for part, (batch, count, d, k) in zip(parts, shapes, strict=True)
-    ]
+    flat = [ops.reshape(x, (x.shape[0], x.shape[1] * x.shape[2], x.shape[3])) for x in parts]
     joined = ops.concat(flat, axis=-2) if len(flat) > 1 else flat[0]
-    return joined if layout.order is None else ops.take(joined.mT, ops.constant(layout.order, joined)).mT
+    return joined if layout.order is None else ops.take(joined, ops.constant(layout.order, joined), axis=-2)
+
+
+def _map(ops: Ops, cones: Cones, function: Callable, v: Array, *data: Sequence) -> Array:
+    """`function(cone, points, *data of the block)` for the points (B, c, d) of every block of v (B, m)."""
+    blocks = cones.layout.blocks
+    if not blocks:
+        return v
+    points = [x[..., 0] for x in _split(ops, blocks, v[..., None])]
+    args = zip((block.cone for block in blocks), points, *data, strict=True)
+    return _join(ops, cones.layout, [function(*arg)[..., None] for arg in args])[..., 0]
 
 
 def project(ops: Ops, cones: Cones, v: Array) -> Array:
     """Pi_K(v), (B, m). Not to be differentiated: see `project_linearized`."""
-    blocks = cones.layout.blocks
-    if not blocks:
-        return v
-    args = zip(blocks, _split(ops, blocks, v), strict=True)
-    return _join(ops, cones.layout, [b.cone.project(ops, x) for b, x in args])
+    return _map(ops, cones, lambda cone, x: cone.project(ops, x), v)
 
 
 def linearize(ops: Ops, cones: Cones, v: Array) -> Linearization:
     """Spectral data of D = dPi_K(v), an element of the generalised Jacobian: arrays with B in front."""
     blocks = cones.layout.blocks
-    return tuple(b.cone.linearize(ops, x) for b, x in zip(blocks, _split(ops, blocks, v), strict=True))
+    parts = _split(ops, blocks, v[..., None])
+    return tuple(b.cone.linearize(ops, x[..., 0]) for b, x in zip(blocks, parts, strict=True))
 
 
 def linearization_shapes(cones: Cones, batch: int) -> list[tuple[tuple[int, ...], str]]:
@@ -216,8 +199,8 @@ def spectral(
         u = u[..., None]
     elif u.ndim == 2:
         u = u[None]
-    args = zip(blocks, linearization, _split_columns(ops, blocks, u), strict=True)
-    product = _join_columns(ops, cones.layout, [b.cone.spectral(ops, lin, g, x) for b, lin, x in args])
+    args = zip(blocks, linearization, _split(ops, blocks, u), strict=True)
+    product = _join(ops, cones.layout, [b.cone.spectral(ops, lin, g, x) for b, lin, x in args])
     return product if columns else product[..., 0]
 
 
@@ -229,11 +212,8 @@ def project_linearized(
     Differentiable in every mode and nesting: the branch, the eigenvectors and the roots that the projection
     depends on are taken from `linearization`, which must be constant and built at the value of `v`.
     """
-    blocks = cones.layout.blocks
-    if not blocks:
-        return v
-    args = zip(blocks, linearization, _split(ops, blocks, v), strict=True)
-    return _join(ops, cones.layout, [b.cone.project_linearized(ops, lin, x, order) for b, lin, x in args])
+    near = lambda cone, x, lin: cone.project_linearized(ops, lin, x, order)  # noqa: E731
+    return _map(ops, cones, near, v, linearization)
 
 
 def margin(ops: Ops, cones: Cones, s: Array) -> Array:

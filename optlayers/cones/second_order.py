@@ -47,15 +47,15 @@ class SecondOrder:
 
     def spectral(self, ops, lin, g, u):
         direction, eigenvalues = lin
-        direction = direction[:, :, None]
+        direction = direction[..., None]
         batch, count, _ = eigenvalues.shape
-        values = ops.reshape(g(ops.reshape(eigenvalues, (batch, 3 * count))), (-1, count, 1, 3))
-        plus, minus, rest = values[..., :1], values[..., 1:2], values[..., 2:]
-        t, w = u[..., :1], u[..., 1:]
-        along = ops.sum(direction * w, axis=-1, keepdims=True)
+        values = ops.reshape(g(ops.reshape(eigenvalues, (batch, 3 * count))), (-1, count, 3, 1))
+        plus, minus, rest = values[:, :, :1], values[:, :, 1:2], values[:, :, 2:]
+        t, w = u[:, :, :1], u[:, :, 1:]
+        along = direction.mT @ w
         plus = (plus - rest) * (t + along) / 2
         minus = (minus - rest) * (t - along) / 2
-        return ops.concat([rest * t + (plus + minus), rest * w + (plus - minus) * direction], axis=-1)
+        return ops.concat([rest * t + (plus + minus), rest * w + (plus - minus) * direction], axis=-2)
 
     def project_linearized(self, ops, lin, v, order):
         _, eigenvalues = lin

@@ -36,41 +36,40 @@ class Semidefinite:
 
     def project(self, ops, v):
         U, lam = self.linearize(ops, v)
-        return self._svec(ops, (U * ops.maximum(lam, 0.0)[..., None, :]) @ U.mT)
+        return self._vector(ops, (U * ops.maximum(lam, 0.0)[..., None, :]) @ U.mT)
 
     def linearize(self, ops, v):
-        # LAPACK refuses a whole batch for one NaN.
-        finite = ops.all(ops.isfinite(v), axis=-1)[..., None]
-        lam, U = ops.eigh(self._mat(ops, ops.where(finite, v, 0.0)))
-        return U, ops.where(finite, lam, float("nan"))
+        scale = ops.amax(abs(v), axis=-1, keepdims=True)
+        scale = ops.where(scale > 0, scale, 1.0)
+        v = v / scale
+        # LAPACK may fail on denormal entries, which an iteration that converges to zero produces.
+        lam, U = ops.eigh(self._matrix(ops, ops.where(abs(v) < ops.eps(v) ** 2, 0.0, v)))
+        return U, scale * lam
 
     def spectral(self, ops, lin, g, u):
         U, lam = lin
-        n = self.order
+        n, (_, count, _, k) = self.order, u.shape
         derivative, _ = self._weights(ops, lam)
-        _, count, k, _ = u.shape
         weights = g(ops.reshape(derivative, (derivative.shape[0], -1)))
-        weights = ops.reshape(weights, (-1, count, 1, n, n))
+        weights = ops.reshape(weights, (-1, count, n, n, 1))
 
-        def rotate(M, U):
-            """U' M U for symmetric matrices M (B, c, k, n, n), as two products that take all k at once."""
-            for _ in range(2):
-                stacked = ops.reshape(M, (M.shape[0], count, k * n, n)) @ U
-                M = ops.reshape(stacked, (stacked.shape[0], count, k, n, n)).mT
-            return M
+        def rotate(U, M):
+            """U M U' for matrices M (B, c, n, n, k), with products that take all k at once."""
+            M = U @ ops.reshape(M, (M.shape[0], count, n, n * k))
+            return U[:, :, None] @ ops.reshape(M, (-1, count, n, n, k))
 
-        return self._svec(ops, rotate(weights * rotate(self._mat(ops, u), U), U.mT))
+        return self._svec(ops, rotate(U, weights * rotate(U.mT, self._mat(ops, u))))
 
     def project_linearized(self, ops, lin, v, order):
         U, lam = lin
         derivative, inverse = self._weights(ops, lam)
         diagonal = ops.eye(self.order, v)[None, None]
-        E = U.mT @ self._mat(ops, v) @ U - lam[..., None] * diagonal
+        E = U.mT @ self._matrix(ops, v) @ U - lam[..., None] * diagonal
         change = derivative * E
         if order > 1:
             H = 2 * change - E
             change = change + inverse * (E @ E - H @ H) / 2
-        return self._svec(ops, U @ (ops.maximum(lam, 0.0)[..., None] * diagonal + change) @ U.mT)
+        return self._vector(ops, U @ (ops.maximum(lam, 0.0)[..., None] * diagonal + change) @ U.mT)
 
     def _weights(self, ops, lam):
         """D_ij and 1 / (|lam_i| + |lam_j|), with 0 / 0 and 1 / 0 taken as 0.
@@ -87,21 +86,24 @@ class Semidefinite:
         kink = total <= ops.eps(lam) ** 0.5 * ops.amax(size, axis=-1)[..., None, None]
         return derivative, ops.where(kink, 0.0, 1 / safe)
 
-    def _mat(self, ops, v):
-        """Symmetric matrices (..., n, n) of half-vectors (..., n (n + 1) / 2)."""
-        n = self.order
+    def _matrix(self, ops, v):
+        return self._mat(ops, v[..., None])[..., 0]
+
+    def _vector(self, ops, M):
+        return self._svec(ops, M[..., None])[..., 0]
+
+    def _mat(self, ops, u):
+        """Symmetric matrices (B, c, n, n, k) of half-vectors (B, c, n (n + 1) / 2, k)."""
+        n, (batch, count, _, k) = self.order, u.shape
         i, j = np.indices((n, n))
         low, high = np.minimum(i, j), np.maximum(i, j)
-        scale = ops.constant(np.where(i == j, 1.0, 0.5**0.5), v)
-        full = ops.take(v, ops.constant((high * (high + 1) // 2 + low).ravel(), v))
-        shape = (*v.shape[:-1], n, n)
-        return ops.reshape(full, shape) * ops.reshape(scale, (1,) * (len(shape) - 2) + (n, n))
+        scale = ops.constant(np.where(i == j, 1.0, 0.5**0.5)[None, None, :, :, None], u)
+        full = ops.take(u, ops.constant((high * (high + 1) // 2 + low).ravel(), u), axis=-2)
+        return ops.reshape(full, (batch, count, n, n, k)) * scale
 
     def _svec(self, ops, M):
-        """Half-vectors (..., n (n + 1) / 2) of matrices (..., n, n): upper triangle, column by column."""
-        n = self.order
+        """Half-vectors (B, c, n (n + 1) / 2, k) of matrices (B, c, n, n, k): upper triangle by columns."""
+        n, (batch, count, _, _, k) = self.order, M.shape
         j, i = np.tril_indices(n)
-        scale = ops.constant(np.where(i == j, 1.0, 2**0.5), M)
-        flat = ops.reshape(M, (*M.shape[:-2], n * n))
-        half = ops.take(flat, ops.constant(i * n + j, M))
-        return half * ops.reshape(scale, (1,) * (half.ndim - 1) + (-1,))
+        scale = ops.constant(np.where(i == j, 1.0, 2**0.5)[None, None, :, None], M)
+        return ops.take(ops.reshape(M, (batch, count, n * n, k)), ops.constant(i * n + j, M), axis=-2) * scale

@@ -28,6 +28,7 @@ def solve_qp(
     eps: float = 1e-9,
     order: int = 2,
     on_failure: str = "raise",
+    rescue: bool = False,
     warm_start: ConicSolution | None = None,
 ) -> ConicSolution:
     """
@@ -39,7 +40,7 @@ def solve_qp(
         >>> jax.grad(total)(jnp.array([-3.0, 0.5])).round(6).tolist()
         [0.0, -1.0]
     """
-    layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure)
+    layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure, rescue)
     return run_checked(_solve_box, layer, (P, q, A, l, u), _point(warm_start), q)
 
 
@@ -55,6 +56,7 @@ def solve_conic(
     eps: float = 1e-9,
     order: int = 2,
     on_failure: str = "raise",
+    rescue: bool = False,
     warm_start: ConicSolution | None = None,
 ) -> ConicSolution:
     """
@@ -66,7 +68,7 @@ def solve_conic(
         >>> abs(solution.x).round(6).tolist()
         [0.0, 2.0]
     """
-    layer = conic_layer(curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure)
+    layer = conic_layer(curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure, rescue)
     return run_checked(functools.partial(_solve_cone, cones), layer, (P, q, A, b), _point(warm_start), q)
 
 

@@ -9,9 +9,8 @@ each shared by the batch, or with a batch axis B in front.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..cones import Cones
@@ -21,7 +20,9 @@ from ..linalg.rows import flatten, project_linearized, shapes, unflatten
 from ..linalg.sensitivity import Regularity, prepare, solve_sensitivity
 from ..ops import Array, Ops, select
 from ..solvers.admm import ADMM
+from ..solvers.choice import choose, configure
 from ..solvers.base import RUNNING, Solver, conclude, run, start
+from ..solvers.host import Clarabel
 from ..solvers.newton import smallest_regularization
 from ..solvers.scaling import equilibrate
 from ..status import Status, check
@@ -213,20 +214,12 @@ def conic_layer(
     solver_args: Mapping[str, Any] | None = None,
     order: int = 2,
     on_failure: str = "raise",
+    rescue: bool = False,
 ) -> ConicLayer:
-    """The layer for a choice of solver and `solver_args`, of which unknown names are reported and ignored."""
-    if solver is not None and not isinstance(solver, ADMM):
-        raise ValueError(f"solver must be None (chosen for you) or ADMM(...), got {solver!r}")
-    solve = ConicSolve(cones, linear, (solver or ADMM(),), check=on_failure == "raise")
-    for key, value in (solver_args or {}).items():
-        if key in ("eps", "eps_abs", "eps_rel"):
-            solve = replace(solve, eps=float(value))
-        elif key in ("max_iter", "max_iters"):
-            solve = replace(solve, solvers=tuple(replace(s, max_iter=int(value)) for s in solve.solvers))
-        else:
-            message = f"solver_args has no setting {key!r} here and ignores it; known are eps, max_iter"
-            warnings.warn(message, stacklevel=4)
-    return ConicLayer(solve, order, on_failure)
+    """The layer for a choice of solver and of its settings, see `choose` and `configure`."""
+    solvers = choose(cones, linear, solver) + ((Clarabel(),) if rescue and solver is None else ())
+    solvers, eps = configure(solvers, solver_args or {})
+    return ConicLayer(ConicSolve(cones, linear, solvers, eps, on_failure == "raise"), order, on_failure)
 
 
 def flatten_batch(ops: Ops, value: Array, own: int) -> Array:

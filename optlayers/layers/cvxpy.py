@@ -187,26 +187,28 @@ class CvxpyProgram:
         problem: a DPP problem, or a geometric program with `gp`.
         parameters: all its parameters; the layer takes their values in this order.
         variables: what it returns: variables, or `constraint.dual_variables[i]`.
-        solver: None chooses; or `ADMM(...)`.
+        solver: None chooses; or a record such as `ADMM(...)`, or a name that CVXPY knows (`cp.CLARABEL`).
         gp: whether the problem is a geometric program.
         verbose: print a summary of the layer when it is built.
         canon_backend: CVXPY's canonicalisation backend.
-        solver_args: settings of the solver: `eps`, the relative residual of a solution, and `max_iter`.
+        solver_args: settings of the solver: `eps`, the relative residual of a solution, `max_iter`, and the
+            fields of the solver's record; for a host solver also the options of its library.
         order: highest derivative order; beyond it NotImplementedError is raised.
         on_failure: what becomes of problems without solution. "raise": SolveError names them; "nan": their
             outputs are NaN; "mask": the last iterate, with zero gradient; "ignore": the last iterate.
+        rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` is None.
 
     Raises:
         ValueError: the problem or the lists cannot be used; the message says why, and what to do.
     """
 
     def __init__(
-        self, problem, parameters, variables, solver, gp, canon_backend, solver_args, order, on_failure
+        self, problem, parameters, variables, gp, canon_backend, solver_args, choices: Mapping[str, Any]
     ):
         self.parameters, self.variables = tuple(parameters), tuple(variables)
         self.program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
         self.solver_args = dict(solver_args or {})
-        self._choices = {"solver": solver, "order": order, "on_failure": on_failure}
+        self._choices = dict(choices)
         self.layer(None)
 
     def layer(self, solver_args: Mapping[str, Any] | None) -> ConicLayer:

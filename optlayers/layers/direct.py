@@ -28,10 +28,11 @@ def solve_box(
         q: (..., n).
         A: (..., m, n); None for a problem without constraints.
         l, u: (..., m); None for infinite. Entries beyond 1e20 count as infinite, l = u is an equality.
-        solver: None chooses; or `ADMM(...)`.
+        solver: None chooses; or a record such as `ADMM(...)`, or a name such as "CLARABEL".
         eps: relative residual of a solution.
         order: highest derivative order; beyond it NotImplementedError is raised.
         on_failure: "raise", "nan", "mask" or "ignore"; see `CvxpyLayer`.
+        rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` is None.
         warm_start: an earlier solution to start from.
 
     Each argument has the same batch axes in front, or none if the batch shares it.

@@ -19,7 +19,7 @@ real, imag, complex_number = jnp.real, jnp.imag, lax.complex
 
 
 def constant(values, like):
-    return jnp.asarray(values, dtype=like.dtype if values.dtype.kind == "f" else jnp.int32)
+    return jnp.array(values, dtype=like.dtype if values.dtype.kind == "f" else jnp.int32)
 
 
 def full(shape, value, like):
@@ -64,8 +64,8 @@ def stack(arrays, axis):
     return jnp.stack(list(arrays), axis=axis)
 
 
-def take(x, indices):
-    return jnp.take(x, indices, axis=-1)
+def take(x, indices, axis=-1):
+    return jnp.take(x, indices, axis=axis)
 
 
 def scatter_add(values, indices, size):

@@ -99,8 +99,8 @@ def broadcast_to(x, shape):
     return torch.broadcast_to(x, tuple(shape))
 
 
-def take(x, indices):
-    return torch.index_select(x, -1, indices)
+def take(x, indices, axis=-1):
+    return torch.index_select(x, axis, indices)
 
 
 def scatter_add(values, indices, size):
@@ -158,11 +158,13 @@ def cond(condition, true, false, *operands):
 
 def _is_known(x) -> bool:
     """Whether `x` has a value that Python may read: it is not traced, nor mapped by torch.func.vmap."""
+    if torch.compiler.is_compiling():
+        return False
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if torch._C._functorch.is_batchedtensor(x):
             return False
         x = torch._C._functorch.get_unwrapped(x)
-    return not (torch.compiler.is_compiling() or isinstance(x, FakeTensor))
+    return not isinstance(x, FakeTensor)
 
 
 def cond_or_both(condition, both, false, operand):

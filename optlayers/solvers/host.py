@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class _Answer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Host:
+class Host:
     """What the host solvers share: one step of the loop is one complete solve on the host.
 
     Args:
@@ -72,6 +72,9 @@ class _Host:
     check_every: int = 0
     refine: int = 5
     scaling: int = 10
+
+    def with_option(self, name: str, value: Any) -> Host:
+        return replace(self, options={**self.options, name: value})
 
     def init(self, ops: Ops, cones: Cones, problem: Problem, x: Array, v: Array, active: Array) -> _HostState:
         return _HostState(x, 0 * v, 0 * x, 0 * v, active)
@@ -155,7 +158,7 @@ def _answer(program: _Program, outcome: str, x: np.ndarray, z: np.ndarray) -> _A
 
 
 @dataclass(frozen=True)
-class Clarabel(_Host):
+class Clarabel(Host):
     """Clarabel: an interior-point method for every cone (Goulart and Chen 2024)."""
 
     def _solve(self, program: _Program) -> _Answer:
@@ -185,7 +188,7 @@ class Clarabel(_Host):
 
 
 @dataclass(frozen=True)
-class SCS(_Host):
+class SCS(Host):
     """SCS: a first-order method for every cone but the n-dimensional power cone (O'Donoghue 2021)."""
 
     def _solve(self, program: _Program) -> _Answer:
@@ -223,7 +226,7 @@ class SCS(_Host):
 
 
 @dataclass(frozen=True)
-class OSQP(_Host):
+class OSQP(Host):
     """OSQP: a first-order method for quadratic programs (Stellato et al. 2020)."""
 
     def _solve(self, program: _Program) -> _Answer:

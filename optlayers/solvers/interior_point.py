@@ -84,7 +84,7 @@ class InteriorPoint:
     refinement: int = 3
     eps: float = 1e-9
 
-    def init(self, ops: Ops, cones: Any, problem: Any, x: Array, v: Array) -> _State:
+    def init(self, ops: Ops, cones: Any, problem: Any, x: Array, v: Array, active: Array) -> _State:
         sides = _sides(ops, problem)
         one = ops.full((x.shape[0], 1), 1.0, x)
         state = _State(
@@ -118,7 +118,7 @@ class InteriorPoint:
         sides = _sides(ops, problem)
         return ops.repeat(self.check_every, lambda s: self._iterate(ops, problem, sides, s), state)
 
-    def point(self, ops: Ops, cones: Any, state: _State) -> tuple[Array, Array]:
+    def point(self, ops: Ops, cones: Any, problem: Any, state: _State) -> tuple[Array, Array]:
         return state.x, state.s - state.y
 
     def direction(self, state: _State) -> Direction:

@@ -44,10 +44,17 @@ class CvxpyLayer(torch.nn.Module):
         *,
         order: int = 2,
         on_failure: str = "raise",
+        rescue: bool = True,
     ):
         super().__init__()
         self._program = CvxpyProgram(
-            problem, parameters, variables, solver, gp, canon_backend, solver_args, order, on_failure
+            problem,
+            parameters,
+            variables,
+            gp,
+            canon_backend,
+            solver_args,
+            {"solver": solver, "order": order, "on_failure": on_failure, "rescue": rescue},
         )
         if verbose:
             print(self)

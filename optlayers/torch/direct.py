@@ -25,6 +25,7 @@ def solve_qp(
     eps: float = 1e-9,
     order: int = 2,
     on_failure: str = "raise",
+    rescue: bool = True,
     warm_start: ConicSolution | None = None,
 ) -> ConicSolution:
     """
@@ -37,7 +38,7 @@ def solve_qp(
         >>> q.grad.round().tolist()
         [0.0, -1.0]
     """
-    layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure)
+    layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure, rescue)
     return solve_box(ops, layer, (P, q, A, l, u), _point(warm_start), q)
 
 
@@ -53,6 +54,7 @@ def solve_conic(
     eps: float = 1e-9,
     order: int = 2,
     on_failure: str = "raise",
+    rescue: bool = True,
     warm_start: ConicSolution | None = None,
 ) -> ConicSolution:
     """
@@ -64,7 +66,7 @@ def solve_conic(
         >>> solution.x.tolist()
         [0.0, 2.0]
     """
-    layer = conic_layer(curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure)
+    layer = conic_layer(curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure, rescue)
     return solve_cone(ops, layer, cones, (P, q, A, b), _point(warm_start), q)
 
 

@@ -1,0 +1,73 @@
+"""Which solver works on a problem, and with which settings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from ..cones import Cones
+from .admm import ADMM
+from .base import Solver
+from .host import OSQP, SCS, Clarabel, Host
+from .interior_point import InteriorPoint
+
+NAMED = {"ADMM": ADMM, "CLARABEL": Clarabel, "DIFFCP": SCS, "OSQP": OSQP, "SCS": SCS}
+ALIASES = {
+    "eps_abs": "eps",
+    "eps_rel": "eps",
+    "tol_gap_abs": "eps",
+    "tol_gap_rel": "eps",
+    "max_iters": "max_iter",
+}
+EPS = 1e-9
+
+
+def choose(cones: Cones, linear: bool, solver: Any) -> tuple[Solver, ...]:
+    """The solvers to try in turn on what the earlier ones leave unfinished.
+
+    By default, from measurements on random problems of 50 to 100 variables: on a linear program ADMM rarely
+    finds the vertex in 100 iterations, the interior point in 10 to 15; on a quadratic one 25 iterations of
+    ADMM and the active-set finish solve most problems at a third of the interior point's time.
+    """
+    if solver is None:
+        if cones.rows:
+            return (ADMM(),)
+        return (InteriorPoint(),) if linear else (ADMM(max_iter=50), InteriorPoint())
+    if isinstance(solver, str):
+        if solver.upper() not in NAMED:
+            raise ValueError(
+                f"solver {solver!r} is unknown; expected one of {sorted(NAMED)} or a solver record"
+            )
+        return (NAMED[solver.upper()](),)
+    if isinstance(solver, InteriorPoint) and cones.rows:
+        raise ValueError("InteriorPoint solves problems with linear constraints only; use ADMM or Clarabel")
+    if isinstance(solver, (ADMM, InteriorPoint, Host)):
+        return (solver,)
+    raise ValueError(
+        f"solver must be None, one of {sorted(NAMED)}, or a record such as ADMM(), got {solver!r}"
+    )
+
+
+def configure(solvers: tuple[Solver, ...], settings: Mapping[str, Any]) -> tuple[tuple[Solver, ...], float]:
+    """The solvers with `settings`, and the accuracy `eps` among them.
+
+    A name that is a field of a solver sets it; a host solver takes any other name as an option of its library.
+    Names without meaning here are reported and ignored, as settings written for another library would be.
+    """
+    eps = EPS
+    for name, value in settings.items():
+        key = ALIASES.get(name, name)
+        if key == "eps":
+            eps = float(value)
+            continue
+        known = [key in {field.name for field in fields(solver)} for solver in solvers]
+        hosts = [isinstance(solver, Host) and key not in ALIASES.values() for solver in solvers]
+        if not any(known) and not any(hosts):
+            warnings.warn(f"solver_args: no solver here has a setting {name!r}; it is ignored", stacklevel=5)
+        solvers = tuple(
+            replace(s, **{key: value}) if k else s.with_option(key, value) if h else s
+            for s, k, h in zip(solvers, known, hosts, strict=True)
+        )
+    return solvers, eps
