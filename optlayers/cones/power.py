@@ -150,10 +150,12 @@ def _point(ops, a, u):
 def _root(ops, a, v, zeta):
     """e = log(r / p) by a fixed number of steps: bisection to a width of 2, then Newton's method.
 
+    Inside, the d - 1 entries of a cone are the second axis: broadcasting along a short last axis is slow.
     Newton's method is applied with r / (r + p) as the unknown, in which the equation is nearly linear when
     it saturates, next to the cone and to its polar; else with e. Bisection is in log(1 + |e|).
     """
     limit = -5 * log(ops.eps(v))
+    a, v, zeta = (ops.stack([x[..., i] for i in range(x.shape[-1])], axis=-2) for x in (a, v, zeta))
 
     def step(state):
         low, high, e = state
@@ -162,14 +164,14 @@ def _root(ops, a, v, zeta):
         size = abs(v) + R
         log_r, log_p = ops.log(zeta) + ops.log(r), ops.log(p)
         log_w = ops.where(v > 0, ops.log(size / 2), ops.log(2 * a * zeta / size) + log_r + log_p)
-        F = ops.sum(a * log_w, axis=-1, keepdims=True) - log_r
+        F = ops.sum(a * log_w, axis=-2, keepdims=True) - log_r
         share = ops.where(v > 0, t / size * t, size) / (2 * R)
-        dF = ops.sum(a * share, axis=-1, keepdims=True) * (p - r) - p
+        dF = ops.sum(a * share, axis=-2, keepdims=True) * (p - r) - p
         low, high = ops.where(F > 0, e, low), ops.where(F > 0, high, e)
         return low, high, _next(ops, low, high, e, -F / dF, r, p)
 
     bound = limit + 0.0 * zeta
-    return ops.repeat(_STEPS, step, (-bound, bound, 0.0 * zeta))[2]
+    return ops.repeat(_STEPS, step, (-bound, bound, 0.0 * zeta))[2].mT
 
 
 def _next(ops, low, high, e, newton, r, p):

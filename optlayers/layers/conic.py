@@ -84,7 +84,7 @@ class ConicSolve:
     def __call__(self, ops: Ops, P, q, A, b, l, u, *warm) -> list[Array]:
         batch = self.output_shapes([tuple(x.shape) for x in (P, q, A, b, l, u, *warm)])[0][0][0]
         q, b, *warm = (ops.broadcast_to(x, (batch, x.shape[-1])) for x in (q, b, *warm))
-        l, u = (ops.reshape(x, (-1, x.shape[-1])) for x in (l, u))
+        l, u = (x[None] if x.ndim == 1 else x for x in (l, u))
         problem, finite = _replace_non_finite(ops, Problem(P, q, A, b, l, u))
         problem, scaling = equilibrate(ops, self.cones, problem, self.solvers[0].scaling, self.linear)
         if warm:

@@ -33,26 +33,14 @@ def prepare(
     ops: Ops, cones: Cones, problem: Problem, v: Array, factor: Factor
 ) -> tuple[Factor, Regularity]:
     """A factor at v fit for `solve_sensitivity`, made anew only where `factor` is not, and the regularity."""
-    floor = ops.eps(v) ** 0.5
-
-    def refactor(problems, e, factor):
-        new = factorize(ops, cones, problem, v, ops.full((v.shape[0], 1), e, v))
-        return select(ops, problems, new, factor)
-
-    def mend(problems, e, factor):
-        change = lambda factor: refactor(problems, e, factor)
-        return ops.cond(ops.any(problems), change, lambda factor: factor, factor)
-
     errors = _probe(ops, cones, problem, factor)
-    # A factor from a Newton step far out is regularised too much for an accurate derivative.
-    coarse = ~(ops.maximum(*errors) < floor) & (factor.e[:, 0] > floor)
-    factor = mend(coarse, floor, factor)
-    errors = ops.cond(
-        ops.any(coarse), lambda f: _probe(ops, cones, problem, f), lambda _: errors, factor
-    )
     x_unique, y_unique = (error < 1e-3 for error in errors)
-    singular = ~(x_unique & y_unique)
-    return mend(singular, ops.eps(v) ** SINGULAR_REGULARIZATION, factor), Regularity(x_unique, y_unique)
+    e = ops.full((v.shape[0], 1), ops.eps(v) ** SINGULAR_REGULARIZATION, v)
+    # A Newton step from far out may have left more regularisation than is good for a derivative.
+    replaced = ~(x_unique & y_unique & (factor.e[:, 0] <= e[:, 0]))
+    refactor = lambda old: select(ops, replaced, factorize(ops, cones, problem, v, e), old)
+    factor = ops.cond(ops.any(replaced), refactor, lambda old: old, factor)
+    return factor, Regularity(x_unique, y_unique)
 
 
 def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[Array, Array]:

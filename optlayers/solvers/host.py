@@ -108,7 +108,7 @@ def _solve_batch(solve: Callable, cones: Cones, active: np.ndarray, *problem: np
         at = array.ndim - own
         array = np.expand_dims(array, at) if at < len(lead) else array
         shape = array.shape[array.ndim - own :]
-        return np.broadcast_to(array, (*lead, *shape)).reshape(-1, *shape)
+        return np.broadcast_to(array, (*lead, *shape)).reshape(active.size, *shape)
 
     data = [expand(array, own) for array, own in zip(problem, (2, 1, 2, 1, 1, 1), strict=True)]
     (n,), (m,) = data[1].shape[1:], data[3].shape[1:]
@@ -123,7 +123,7 @@ def _solve_batch(solve: Callable, cones: Cones, active: np.ndarray, *problem: np
     # These libraries release the GIL while they solve.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(pool.map(work, lanes))
-    return [result.reshape(*lead, -1) for result in results]
+    return [result.reshape(*lead, result.shape[-1]) for result in results]
 
 
 def _program(cones: Cones, P, q, A, b, l, u) -> _Program:
