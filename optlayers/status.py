@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from enum import Enum
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +28,6 @@ class Status(Enum):
     @property
     def code(self) -> int:
         return list(Status).index(self)
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether the solution and its derivative may be used."""
-        return self in (Status.SOLVED, Status.INACCURATE)
 
 
 def from_code(code: int) -> Status:
@@ -63,8 +59,9 @@ def _report(status: np.ndarray, residual: np.ndarray, shown: int = 5) -> str:
     return "\n".join(lines)
 
 
-def is_usable(status: np.ndarray) -> np.ndarray:
-    return np.isin(status, [s.code for s in Status if s.is_usable])
+def is_usable(status: Any) -> Any:
+    """Whether the solution and its derivative may be used, for an array of codes of any framework."""
+    return (status == Status.SOLVED.code) | (status == Status.INACCURATE.code)
 
 
 def check(status: np.ndarray, residual: np.ndarray) -> None:

@@ -288,7 +288,7 @@ def model_predictive_control():
     x, u = cp.Variable((horizon + 1, 2)), cp.Variable((horizon, 1))
     constraints = [x[0] == start, dynamics @ x[:-1].T + gain @ u.T == x[1:].T, cp.abs(u) <= 0.4]
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + 0.1 * cp.sum_squares(u)), constraints)
-    return Family(problem, [start], [u, x], lambda rng: [rng.choice([-1, 1]) * rng.uniform(0.7, 1.5, 2)])
+    return Family(problem, [start], [u, x], lambda rng: [rng.choice([-1, 1]) * rng.uniform(0.3, 0.7, 2)])
 
 
 def symmetric_variable():

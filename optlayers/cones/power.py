@@ -194,7 +194,7 @@ def _expand(ops, a, v, s, m, axis, E, order):
     floor = ops.eps(v) ** 2 * ops.amax(abs(v), axis=-1, keepdims=True)
     v, sign = v[..., :-1], ops.where(v[..., -1:] < 0, -1.0, 0.0 * r + 1.0)
     dv, dzeta = E[..., :-1], sign * E[..., -1:]
-    total = lambda x: ops.sum(x, axis=-1, keepdims=True)  # noqa: E731
+    total = lambda x: ops.sum(x, axis=-1, keepdims=True)
     scaled = a / ops.maximum(2 * w - v, floor)
     c, lean, sigma = total(scaled * m), total(scaled * w), total(scaled * dv)
     q = lean + r * c

@@ -212,7 +212,7 @@ def project_linearized(
     Differentiable in every mode and nesting: the branch, the eigenvectors and the roots that the projection
     depends on are taken from `linearization`, which must be constant and built at the value of `v`.
     """
-    near = lambda cone, x, lin: cone.project_linearized(ops, lin, x, order)  # noqa: E731
+    near = lambda cone, x, lin: cone.project_linearized(ops, lin, x, order)
     return _map(ops, cones, near, v, linearization)
 
 

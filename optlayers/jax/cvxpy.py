@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from ..docstring import continues
+from ..layers.approximate import LPGD, Smoothed
 from ..layers.conic import ConicLayer
 from ..layers.cvxpy import CvxpyProgram, Solution, name
 from ..ops import jax as ops
@@ -48,6 +49,7 @@ class CvxpyLayer:
         order: int = 2,
         on_failure: str = "raise",
         rescue: bool = False,
+        gradient: str | Smoothed | LPGD = "exact",
     ):
         self._program = CvxpyProgram(
             problem,
@@ -56,7 +58,13 @@ class CvxpyLayer:
             gp,
             canon_backend,
             solver_args,
-            {"solver": solver, "order": order, "on_failure": on_failure, "rescue": rescue},
+            {
+                "solver": solver,
+                "order": order,
+                "on_failure": on_failure,
+                "rescue": rescue,
+                "gradient": gradient,
+            },
         )
         if verbose:
             print(self)

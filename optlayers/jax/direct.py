@@ -10,6 +10,7 @@ from jax import Array
 
 from ..cones import Cones
 from ..docstring import continues
+from ..layers.approximate import LPGD, Smoothed
 from ..layers.conic import ConicSolution, conic_layer
 from ..layers.direct import curved_part, solve_box, solve_cone
 from ..ops import jax as ops
@@ -29,6 +30,7 @@ def solve_qp(
     order: int = 2,
     on_failure: str = "raise",
     rescue: bool = False,
+    gradient: str | Smoothed | LPGD = "exact",
     warm_start: ConicSolution | None = None,
 ) -> ConicSolution:
     """
@@ -40,7 +42,7 @@ def solve_qp(
         >>> jax.grad(total)(jnp.array([-3.0, 0.5])).round(6).tolist()
         [0.0, -1.0]
     """
-    layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure, rescue)
+    layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient)
     return run_checked(_solve_box, layer, (P, q, A, l, u), _point(warm_start), q)
 
 
@@ -57,6 +59,7 @@ def solve_conic(
     order: int = 2,
     on_failure: str = "raise",
     rescue: bool = False,
+    gradient: str | Smoothed | LPGD = "exact",
     warm_start: ConicSolution | None = None,
 ) -> ConicSolution:
     """
@@ -68,7 +71,9 @@ def solve_conic(
         >>> abs(solution.x).round(6).tolist()
         [0.0, 2.0]
     """
-    layer = conic_layer(curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure, rescue)
+    layer = conic_layer(
+        curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient
+    )
     return run_checked(functools.partial(_solve_cone, cones), layer, (P, q, A, b), _point(warm_start), q)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..cones import Cones
@@ -20,12 +20,13 @@ from ..linalg.rows import flatten, project_linearized, shapes, unflatten
 from ..linalg.sensitivity import Regularity, prepare, solve_sensitivity
 from ..ops import Array, Ops, select
 from ..solvers.admm import ADMM
-from ..solvers.choice import choose, configure
 from ..solvers.base import RUNNING, Solver, conclude, run, start
+from ..solvers.choice import choose, configure
 from ..solvers.host import Clarabel
-from ..solvers.newton import smallest_regularization
+from ..solvers.newton import Point, smallest_regularization
 from ..solvers.scaling import equilibrate
-from ..status import Status, check
+from ..status import Status, check, is_usable
+from .approximate import LPGD, Smoothed, lpgd, smoothed
 
 
 class ConicSolution(NamedTuple):
@@ -102,7 +103,7 @@ class ConicSolve:
         if self.check:
             ops.on_host(check, status, best.residual)
         factor, regularity = prepare(ops, self.cones, problem, best.v, self._final_factor(ops, problem, best))
-        factor = _repair(ops, factor, ~_is_usable(status))
+        factor = _repair(ops, factor, ~is_usable(status))
         parts = (ops.broadcast_to(part, (batch, part.shape[-1])) for part in scaling)
         floats = [best.x, best.v, *parts, factor.cholesky, factor.e, best.residual]
         return [*floats, status, iterations, *map(ops.to_int, regularity), *flatten(factor.linearization)]
@@ -149,28 +150,41 @@ class ConicLayer:
         solve: the solver; with `check`, it raises for such problems.
         order: highest derivative order.
         on_failure: "nan" fills x, s, y with NaN; "mask" has zero derivatives; "ignore" derives as if solved.
+        gradient: None for the exact derivative.
     """
 
     solve: ConicSolve
     order: int = 2
     on_failure: str = "raise"
+    gradient: Smoothed | LPGD | None = None
 
     def __post_init__(self):
+        if isinstance(self.gradient, Smoothed) and self.solve.cones.rows:
+            raise ValueError("gradient='smoothed' needs linear constraints; use 'exact' or 'lpgd' on cones")
         if self.on_failure not in FAILURE_POLICIES:
             raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {self.on_failure!r}")
 
     def __call__(self, ops: Ops, data: Problem, *warm: Array) -> ConicSolution:
         """The solution, batched, for data and an earlier (x, s, y) each with one batch axis or none."""
-        solution = _differentiable(ops, self, data, warm)
+        solution = self._derive(ops, data, warm)
         if self.on_failure != "nan":
             return solution
-        failed = ~_is_usable(solution.status)[:, None]
+        failed = ~is_usable(solution.status)[:, None]
         x, s, y = (ops.where(failed, ops.nan, z) for z in solution[:3])
         return solution._replace(x=x, s=s, y=y)
 
-
-def _is_usable(status: Array) -> Array:
-    return (status == Status.SOLVED.code) | (status == Status.INACCURATE.code)
+    def _derive(self, ops: Ops, data: Problem, warm: Sequence[Array]) -> ConicSolution:
+        if self.gradient is None:
+            return _differentiable(ops, self, data, warm)
+        detached = Problem(*(ops.stop_gradient(z) for z in data))
+        solution = _differentiable(ops, self, detached, warm)
+        usable, point = is_usable(solution.status)[:, None], solution[:3]
+        if isinstance(self.gradient, Smoothed):
+            x, s, y = smoothed(ops, self.gradient, data, point, usable, self.order)
+        else:
+            solve = replace(self.solve, check=False)
+            x, s, y = lpgd(ops, self.gradient, solve, data, point, usable)
+        return solution._replace(x=x, s=s, y=y)
 
 
 def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[Array]) -> ConicSolution:
@@ -180,7 +194,7 @@ def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[A
         layer.solve, (*data, *warm)
     )
     factor = Factor(cholesky, unflatten(cones, flat), e)
-    usable = _is_usable(status)[:, None]
+    usable = is_usable(status)[:, None]
     regularity = Regularity(x_unique > 0, y_unique > 0)
     singular = usable[:, 0] & ~(regularity.x & regularity.y)
     # J0 of the scaled problem, applied through the detached matrices of the unscaled one.
@@ -207,6 +221,9 @@ def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[A
     return ConicSolution(*unscale(z), status, iterations, error, regularity)
 
 
+GRADIENTS = {"exact": None, "smoothed": Smoothed(), "lpgd": LPGD()}
+
+
 def conic_layer(
     cones: Cones,
     linear: bool,
@@ -215,11 +232,17 @@ def conic_layer(
     order: int = 2,
     on_failure: str = "raise",
     rescue: bool = False,
+    gradient: str | Smoothed | LPGD = "exact",
 ) -> ConicLayer:
     """The layer for a choice of solver and of its settings, see `choose` and `configure`."""
     solvers = choose(cones, linear, solver) + ((Clarabel(),) if rescue and solver is None else ())
     solvers, eps = configure(solvers, solver_args or {})
-    return ConicLayer(ConicSolve(cones, linear, solvers, eps, on_failure == "raise"), order, on_failure)
+    if isinstance(gradient, str):
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient must be one of {sorted(GRADIENTS)} or a record, got {gradient!r}")
+        gradient = GRADIENTS[gradient]
+    solve = ConicSolve(cones, linear, solvers, eps, on_failure == "raise")
+    return ConicLayer(solve, order, on_failure, gradient)
 
 
 def flatten_batch(ops: Ops, value: Array, own: int) -> Array:

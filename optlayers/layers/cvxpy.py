@@ -197,6 +197,8 @@ class CvxpyProgram:
         on_failure: what becomes of problems without solution. "raise": SolveError names them; "nan": their
             outputs are NaN; "mask": the last iterate, with zero gradient; "ignore": the last iterate.
         rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` is None.
+        gradient: "exact"; or, where that is zero or jumps as for linear programs, "smoothed" (`Smoothed(mu)`)
+            or "lpgd" (`LPGD(tau)`).
 
     Raises:
         ValueError: the problem or the lists cannot be used; the message says why, and what to do.

@@ -33,6 +33,8 @@ def solve_box(
         order: highest derivative order; beyond it NotImplementedError is raised.
         on_failure: "raise", "nan", "mask" or "ignore"; see `CvxpyLayer`.
         rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` is None.
+        gradient: "exact"; or, where that is zero or jumps as for linear programs, "smoothed" (`Smoothed(mu)`)
+            or "lpgd" (`LPGD(tau)`).
         warm_start: an earlier solution to start from.
 
     Each argument has the same batch axes in front, or none if the batch shares it.

@@ -90,7 +90,11 @@ def norm(ops: Ops, x: Array) -> Array:
 
 def factorize(ops: Ops, cones: Cones, problem: Problem, v: Array, e: Array) -> Factor:
     """Factorise the regularised Jacobian at v, with e (B, 1) for both e and r. NaN where it fails."""
-    linearization = linearize(ops, cones, problem.bounds, v)
+    return factorize_at(ops, cones, problem, linearize(ops, cones, problem.bounds, v), e)
+
+
+def factorize_at(ops: Ops, cones: Cones, problem: Problem, linearization: Any, e: Array) -> Factor:
+    """As `factorize`, for given spectral data of D."""
     weight = lambda d: ops.sqrt((1 - d) / (d + e))
     half = spectral(ops, cones, linearization, weight, problem.A, columns=True)
     H = batched(problem.P) + e[..., None] * batched(ops.eye(problem.P.shape[-1], e)) + half.mT @ half

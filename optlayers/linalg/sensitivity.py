@@ -29,9 +29,7 @@ class Regularity(NamedTuple):
     y: Array
 
 
-def prepare(
-    ops: Ops, cones: Cones, problem: Problem, v: Array, factor: Factor
-) -> tuple[Factor, Regularity]:
+def prepare(ops: Ops, cones: Cones, problem: Problem, v: Array, factor: Factor) -> tuple[Factor, Regularity]:
     """A factor at v fit for `solve_sensitivity`, made anew only where `factor` is not, and the regularity."""
     errors = _probe(ops, cones, problem, factor)
     x_unique, y_unique = (error < 1e-3 for error in errors)

@@ -154,12 +154,62 @@ class Ops(Protocol):
         """Jacobians (B, k, k) of a map of (B, ...) to itself that treats each row of the batch by itself."""
         ...
 
+    def surrogate_gradient(
+        self, values: Sequence[Array], inputs: Sequence[Array], backward: Callable
+    ) -> Sequence[Array]:
+        """`values`, with `backward(values, inputs, cotangents)` as the cotangents of `inputs`.
+
+        Reverse mode and first order only: other derivatives raise.
+        """
+        ...
+
     def leaf(self, solve: Leaf, inputs: Sequence[Array]) -> list[Array]:
         """Outputs of `solve` on detached inputs, opaque to every transformation of the framework."""
         ...
 
     def guard(self, x: Array, order: int, message: str) -> Array:
         """`x` itself; its derivatives beyond `order` raise NotImplementedError with `message`."""
+        ...
+
+
+class MatrixFreeOps(Ops, Protocol):
+    """What layers need besides `Ops` whose linear equations are solved without a matrix."""
+
+    def tree_flatten(self, tree: Any) -> tuple[list[Array], Callable[[Sequence[Array]], Any]]:
+        """The arrays in nested containers, and the function that puts others in their places."""
+        ...
+
+    def any_mapped(self, mask: Array) -> Array:
+        """Whether any entry holds, as a condition of `while_loop` under vectorising maps: in any mapped call."""
+        ...
+
+    def frozen(self, function: Callable[[Array], Array], x: Array) -> Callable[[Array], Array]:
+        """`function` of arrays like `x` with no derivative, neither in x nor in what it closes over."""
+        ...
+
+    def tangent_map(self, function: Callable[[Array], Array], x: Array) -> Callable[[Array], Array]:
+        """The map dx to (d function / dx at the detached x) dx; the function is frozen, as is the map in torch."""
+        ...
+
+    def solve_increment(
+        self,
+        function: Callable[[Array], Array],
+        x: Array,
+        solve: Callable[[Callable[[Array], Array], Array], Array],
+        r: Array,
+    ) -> Array:
+        """Zero, whose derivative in r is the inverse of J = d function / dx at the detached `x`.
+
+        Neither J nor `solve` is differentiated; reverse mode solves with the transpose of J, and all modes
+        nest to any order.
+
+        Args:
+            solve: (J, r) to J^-1 r by any algorithm, for J or its transpose given as a function.
+        """
+        ...
+
+    def report(self, function: Callable, *arrays: Array) -> None:
+        """`function` of the arrays as NumPy arrays, also from within a traced or mapped computation."""
         ...
 
 

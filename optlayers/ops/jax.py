@@ -7,6 +7,7 @@ import math
 from functools import partial
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -149,6 +150,36 @@ def jacobian(function, x):
     return jax.vmap(column, out_axes=-1)(jnp.eye(size, dtype=x.dtype))
 
 
+def tree_flatten(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return leaves, lambda new: jax.tree.unflatten(structure, list(new))
+
+
+any_mapped = jnp.any
+
+
+def frozen(function, x):
+    # A new function for JAX's caches: they know functions, not the values that these close over.
+    jaxpr = jax.make_jaxpr(lambda z: function(z))(lax.stop_gradient(x))
+    constants = [lax.stop_gradient(c) for c in jaxpr.consts]
+    return lambda z: jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr.jaxpr, constants))(z)[0]
+
+
+def tangent_map(function, x):
+    return jax.linearize(frozen(function, x), x)[1]
+
+
+def solve_increment(function, x, solve, r):
+    x = lax.stop_gradient(x)
+    return lax.custom_linear_solve(
+        tangent_map(function, x), r - lax.stop_gradient(r), solve, transpose_solve=solve
+    )
+
+
+def report(function, *arrays):
+    jax.debug.callback(lambda *values: function(*map(np.asarray, values)), *arrays)
+
+
 def cond_or_both(condition, both, false, operand):
     return lax.cond(condition, both, false, operand)
 
@@ -185,3 +216,20 @@ def _(order, message, primals, tangents):
         raise NotImplementedError(message)
     (x,), (tangent,) = primals, tangents
     return guard(x, order, message), tangent * _one(x, order - 1, message)
+
+
+def surrogate_gradient(values, inputs, backward):
+    @jax.custom_vjp
+    def attach(values, inputs):
+        return values
+
+    def run_backward(saved, cotangents):
+        values, inputs = saved
+        results = backward(values, inputs, cotangents)
+        message = "this gradient has no derivative of its own; use gradient='exact' or 'smoothed'"
+        # A multiple of zero of the cotangents: a derivative of the result would be wrong in silence.
+        stop = jnp.sum(guard(cotangents[0], 0, message) * 0)
+        return tuple(map(jnp.zeros_like, values)), tuple(r + stop for r in results)
+
+    attach.defvjp(lambda values, inputs: (values, (values, inputs)), run_backward)
+    return attach(tuple(lax.stop_gradient(v) for v in values), tuple(inputs))

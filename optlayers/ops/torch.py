@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 sqrt, exp, log, isfinite = torch.sqrt, torch.exp, torch.log, torch.isfinite
 inf, nan = torch.inf, torch.nan
@@ -175,8 +177,18 @@ def stop_gradient(x):
     return x.detach()
 
 
+def _unwrapped(x):
+    """`x` with the axes that torch.func.vmap has hidden, and without the wrappers of other transformations."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 def on_host(function, *arrays):
-    function(*(x.detach().cpu().numpy() for x in arrays))
+    function(*(_unwrapped(x).detach().cpu().numpy() for x in arrays))
+
+
+report = on_host
 
 
 def call_host(function, shapes, active, *arrays):
@@ -206,6 +218,163 @@ def jacobian(function, x):
         return torch.func.jvp(function, (x,), (direction,))[1].reshape(x.shape[0], size)
 
     return torch.func.vmap(column, out_dims=-1)(basis)
+
+
+def tree_flatten(tree):
+    leaves, structure = torch.utils._pytree.tree_flatten(tree)
+    return leaves, lambda new: torch.utils._pytree.tree_unflatten(list(new), structure)
+
+
+def any_mapped(mask):
+    return torch.any(_unwrapped(mask))
+
+
+@contextlib.contextmanager
+def _undifferentiated():
+    """Nothing is recorded, in either mode, as long as results are detached one by one."""
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        yield
+
+
+def frozen(function, x):
+    def detached(z):
+        with _undifferentiated():
+            return function(z).detach()
+
+    return detached
+
+
+def tangent_map(function, x):
+    return _linear_map(function, x.detach(), transposed=False)
+
+
+# Linear solves that are differentiated by further solves. Plain autograd differentiates the function where it
+# is used; torch.func cannot, as its levels differ between a layer's call and its rules: there all tensors that
+# the function uses travel with the rule as inputs of their own.
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _linear_map(function, x, transposed):
+    """w to J w, or to J'w, for J = d function / dx.
+
+    J w is the derivative of v to J'v, since torch allows no forward mode within its own.
+    """
+    if _is_transformed():
+        pull = lambda v: torch.func.vjp(function, x)[1](v)[0]
+        with torch.no_grad():
+            pullback = torch.func.vjp(*((function, x) if transposed else (pull, torch.zeros_like(x))))[1]
+        product = lambda w: pullback(w)[0]
+    else:
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            image = function(at)
+            if not transposed:
+                weight = torch.zeros_like(x).requires_grad_()
+                image, at = _pull_back(image, at, weight, create_graph=True), weight
+        product = lambda w: _pull_back(image, at, w)
+
+    def apply(w):
+        with _undifferentiated():
+            return product(w).detach()
+
+    return apply
+
+
+def _pull_back(y, x, weight, create_graph=False):
+    if not y.requires_grad:
+        return torch.zeros_like(x)
+    options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
+    return torch.autograd.grad(y, x, weight, materialize_grads=True, **options)[0]
+
+
+class _Used(torch.overrides.TorchFunctionMode):
+    """Finds the tensors that enter a computation and were neither given nor computed in it."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.found, self.own = {}, {id(given): given}  # the tensors themselves, lest an id be used again
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        for x in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor) and id(x) not in self.own:
+                self.found[id(x)] = x
+        output = function(*args, **(kwargs or {}))
+        self.own.update((id(x), x) for x in torch.utils._pytree.tree_leaves(output))
+        return output
+
+
+class _Replaced(torch.overrides.TorchFunctionMode):
+    """Puts other tensors in the places of those that `_Used` has found."""
+
+    def __init__(self, found, others):
+        super().__init__()
+        self.others = dict(zip(found, others, strict=True))
+
+    def replace(self, tree):
+        return torch.utils._pytree.tree_map(lambda x: self.others.get(id(x), x), tree)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*self.replace(args), **self.replace(kwargs or {}))
+
+
+def _explicit(function, x):
+    """A function (x, *used) for `function`, and the tensors `used`, detached."""
+    if not _is_transformed():
+        return lambda z, *_: function(z), []
+    with _undifferentiated(), _Used(x) as mode:
+        function(x)
+    found = mode.found
+
+    def explicit(z, *used):
+        with _Replaced(found, used) as mode:
+            return mode.replace(function(z))
+
+    return explicit, [y.detach() for y in found.values()]
+
+
+class _Increment(torch.autograd.Function):
+    """Zero, with J^-1 or its transpose as derivative in r; see `Ops.solve_increment`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(r, function, solve, transposed, x, *used):
+        return torch.zeros_like(r)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.function, ctx.solve, ctx.transposed, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def _solve(ctx, transposed, r):
+        return _linear_solve(r, ctx.function, ctx.solve, transposed, *ctx.saved_tensors)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        solution = _Increment._solve(ctx, not ctx.transposed, gradient)
+        return solution, *[None] * (len(ctx.saved_tensors) + 3)
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        # torch has disabled forward mode here, and would lose the tangents of an outer one in silence.
+        with forward_ad._set_fwd_grad_enabled(True):
+            return _Increment._solve(ctx, ctx.transposed, tangent)
+
+
+def _linear_solve(r, function, solve, transposed, x, *used):
+    with _undifferentiated():
+        solution = solve(_linear_map(lambda z: function(z, *used), x, transposed), r.detach()).detach()
+    return solution + _Increment.apply(r, function, solve, transposed, x, *used)
+
+
+def solve_increment(function, x, solve, r):
+    explicit, used = _explicit(function, x.detach())
+    return _Increment.apply(r, explicit, solve, False, x.detach(), *used)
 
 
 # A custom operator takes tensors and numbers only, so a leaf travels as its number in this table. Equal
@@ -355,3 +524,21 @@ def guard(x, order, message):
     if torch.compiler.is_compiling():
         _keep_whole()
     return x + _zero(x, order, message)
+
+
+class _Surrogate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backward, count, *arrays):
+        ctx.backward_rule, ctx.count = backward, count
+        ctx.save_for_backward(*arrays)
+        return tuple(value.clone() for value in arrays[:count])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        values, inputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        return None, None, *([None] * ctx.count), *ctx.backward_rule(values, inputs, cotangents)
+
+
+def surrogate_gradient(values, inputs, backward):
+    return _Surrogate.apply(backward, len(values), *(v.detach() for v in values), *inputs)

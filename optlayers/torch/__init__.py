@@ -1,28 +1,45 @@
 """OptLayers for PyTorch."""
 
 from ..cones import Cones
+from ..layers.approximate import LPGD, Smoothed
 from ..layers.conic import ConicSolution
 from ..layers.cvxpy import Solution
+from ..layers.fixed_point import Exact, FixedPointInfo, Neumann, OneStep, Phantom, Shine
 from ..solvers.admm import ADMM
+from ..solvers.fixed_point import Anderson, Broyden, NewtonKrylov, Picard
 from ..solvers.host import OSQP, SCS, Clarabel
 from ..solvers.interior_point import InteriorPoint
 from ..status import SolveError, Status
 from .cvxpy import CvxpyLayer
 from .direct import solve_conic, solve_qp
+from .fixed_point import fixed_point
 from .implicit import implicit
 
 __all__ = [
     "ADMM",
-    "OSQP",
-    "SCS",
+    "LPGD",
+    "Anderson",
+    "Broyden",
     "Clarabel",
     "Cones",
     "ConicSolution",
     "CvxpyLayer",
+    "Exact",
+    "FixedPointInfo",
     "InteriorPoint",
+    "Neumann",
+    "NewtonKrylov",
+    "OSQP",
+    "OneStep",
+    "Phantom",
+    "Picard",
+    "SCS",
+    "Shine",
     "Solution",
+    "Smoothed",
     "SolveError",
     "Status",
+    "fixed_point",
     "implicit",
     "solve_conic",
     "solve_qp",

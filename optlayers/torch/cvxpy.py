@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..docstring import continues
+from ..layers.approximate import LPGD, Smoothed
 from ..layers.cvxpy import CvxpyProgram, Solution, name
 from ..ops import torch as ops
 from ..status import SolveError
@@ -45,6 +46,7 @@ class CvxpyLayer(torch.nn.Module):
         order: int = 2,
         on_failure: str = "raise",
         rescue: bool = True,
+        gradient: str | Smoothed | LPGD = "exact",
     ):
         super().__init__()
         self._program = CvxpyProgram(
@@ -54,7 +56,13 @@ class CvxpyLayer(torch.nn.Module):
             gp,
             canon_backend,
             solver_args,
-            {"solver": solver, "order": order, "on_failure": on_failure, "rescue": rescue},
+            {
+                "solver": solver,
+                "order": order,
+                "on_failure": on_failure,
+                "rescue": rescue,
+                "gradient": gradient,
+            },
         )
         if verbose:
             print(self)

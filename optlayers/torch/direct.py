@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..cones import Cones
 from ..docstring import continues
+from ..layers.approximate import LPGD, Smoothed
 from ..layers.conic import ConicSolution, conic_layer
 from ..layers.direct import curved_part, solve_box, solve_cone
 from ..ops import torch as ops
@@ -26,6 +27,7 @@ def solve_qp(
     order: int = 2,
     on_failure: str = "raise",
     rescue: bool = True,
+    gradient: str | Smoothed | LPGD = "exact",
     warm_start: ConicSolution | None = None,
 ) -> ConicSolution:
     """
@@ -38,7 +40,7 @@ def solve_qp(
         >>> q.grad.round().tolist()
         [0.0, -1.0]
     """
-    layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure, rescue)
+    layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient)
     return solve_box(ops, layer, (P, q, A, l, u), _point(warm_start), q)
 
 
@@ -55,6 +57,7 @@ def solve_conic(
     order: int = 2,
     on_failure: str = "raise",
     rescue: bool = True,
+    gradient: str | Smoothed | LPGD = "exact",
     warm_start: ConicSolution | None = None,
 ) -> ConicSolution:
     """
@@ -66,7 +69,9 @@ def solve_conic(
         >>> solution.x.tolist()
         [0.0, 2.0]
     """
-    layer = conic_layer(curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure, rescue)
+    layer = conic_layer(
+        curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient
+    )
     return solve_cone(ops, layer, cones, (P, q, A, b), _point(warm_start), q)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from checks import assert_close
 from optlayers.status import Status
-from problems import qp
+from problems import model_predictive_control, qp, redundant_rows
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,16 @@ def test_fields(frontend, solution, values):
     rows, bound = np.concatenate([A, G], 1), np.concatenate([b, h], 1)
     assert_close(np.einsum("bij,bj->bi", rows, x) + s, bound, 1e-9)
     assert_close(np.einsum("bij,bj->bi", P, x) + q + np.einsum("bij,bi->bj", rows, y), np.zeros((4, 4)), 1e-8)
+
+
+def test_regularity_tells_what_is_unique(frontend, solution):
+    """The multipliers of duplicate rows are not; nor, in cp.abs(u) <= 1, the bound that CVXPY puts between."""
+    assert frontend.numpy(solution.regularity.x).all() and frontend.numpy(solution.regularity.y).all()
+    for family, expected in ((redundant_rows(), (True, False)), (model_predictive_control(), (False, True))):
+        layer = frontend.CvxpyLayer(family.problem, family.parameters, family.variables)
+        x, y = layer.solve(*map(frontend.array, family.batch(np.random.default_rng(0), 2))).regularity
+        assert x.shape == y.shape == (2,)
+        assert (bool(x.all()), bool(y.any())) == expected
 
 
 def test_call_returns_the_variables_of_solve(frontend, layer, values, solution):
