@@ -95,8 +95,10 @@ def closed_form_gradients(program, x_bar, y_bar):
 def direction_of(rng, parameter, value):
     """A random direction of unit size in which a symmetric parameter stays so, and a PSD one its rank."""
     d = rng.standard_normal(value.shape)
-    if parameter.ndim == 2 and parameter.is_symmetric():
-        d = d + np.swapaxes(d, -1, -2)
+    if parameter.is_complex():
+        d = d + 1j * rng.standard_normal(value.shape)
+    if parameter.ndim == 2 and (parameter.is_symmetric() or parameter.is_hermitian()):
+        d = d + np.swapaxes(d, -1, -2).conj()
     if parameter.attributes["PSD"]:
         d = value @ d @ value
     return d / np.abs(d).max()
@@ -112,7 +114,7 @@ def directional_derivatives(solve, values, parameters, cotangents, rng, step=1e-
     for i, (value, parameter) in enumerate(zip(values, parameters, strict=True)):
         direction = direction_of(rng, parameter, value)
         ahead, behind = (solve([*values[:i], value + h * direction, *values[i + 1 :]]) for h in (step, -step))
-        change = sum(_inner(c, a - b) for c, a, b in zip(cotangents, ahead, behind, strict=True))
+        change = sum(inner(c, a - b) for c, a, b in zip(cotangents, ahead, behind, strict=True))
         derivatives.append((direction, change / (2 * step)))
     return derivatives
 
@@ -124,12 +126,12 @@ def assert_directional_derivatives(gradients, derivatives, parameters, tolerance
     """
     for gradient, (direction, expected), parameter in zip(gradients, derivatives, parameters, strict=True):
         is_shared = gradient.ndim == parameter.ndim
-        actual = (gradient * direction).sum() if is_shared else _inner(gradient, direction)
+        actual = inner(gradient[None], direction[None])[0] if is_shared else inner(gradient, direction)
         expected = expected.sum() if is_shared else expected
         error = np.abs(actual - expected).max() / (np.abs(expected).max() + 1e-2)
         assert error <= tolerance, f"{parameter.name()}: gradient off by {error:.1e} relative"
 
 
-def _inner(a, b):
-    """Inner products (B,) of the rows of two arrays of one shape."""
-    return (a * b).reshape(len(a), -1).sum(-1)
+def inner(a, b):
+    """Real inner products (B,) of the rows of two arrays of one shape."""
+    return (a.conj() * b).real.reshape(len(a), -1).sum(-1)

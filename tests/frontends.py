@@ -4,6 +4,13 @@ import importlib
 
 import numpy as np
 
+COMPLEX = {"float32": "complex64", "float64": "complex128"}
+
+
+def dtype_of(x, dtype):
+    """`dtype`, or the complex one of its precision if `x` is complex."""
+    return COMPLEX.get(dtype, dtype) if np.iscomplexobj(x) else dtype
+
 
 class Torch:
     """`optlayers.torch`, and what a test needs of torch."""
@@ -18,7 +25,7 @@ class Torch:
         self.transforms = self.framework.func
 
     def array(self, x, dtype="float64"):
-        return self.framework.tensor(np.asarray(x), dtype=getattr(self.framework, dtype))
+        return self.framework.tensor(np.asarray(x), dtype=getattr(self.framework, dtype_of(x, dtype)))
 
     def numpy(self, x):
         return x.detach().cpu().numpy()
@@ -63,7 +70,7 @@ class Jax:
         self.transforms = self.framework
 
     def array(self, x, dtype="float64"):
-        return self.xp.asarray(np.asarray(x), dtype=dtype)
+        return self.xp.asarray(np.asarray(x), dtype=dtype_of(x, dtype))
 
     def numpy(self, x):
         return np.asarray(x)
@@ -72,11 +79,15 @@ class Jax:
         return str(x.dtype)
 
     def differentiable(self, function, dtype="float64"):
-        """As of `Torch`; compiled once for each combination of shapes."""
+        """As of `Torch`; compiled once for each combination of shapes.
+
+        JAX's gradients with respect to complex numbers are the conjugates of torch's, and so are its cotangents.
+        """
 
         def traced(values, cotangents):
             outputs, pullback = self.framework.vjp(lambda *v: tuple(function(*v)), *values)
-            return outputs, pullback(tuple(cotangents))
+            gradients = pullback(tuple(c.conj() for c in cotangents))
+            return outputs, [g.conj() for g in gradients]
 
         compiled = self.framework.jit(traced)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def apply_spectral(ops, basis, eigenvalues, g, u):
+def apply_spectral(ops, basis, eigenvalues, g, u, rotated):
     """g(D) u for D = basis diag(eigenvalues) basis', cone by cone.
 
     Args:
@@ -11,7 +11,9 @@ def apply_spectral(ops, basis, eigenvalues, g, u):
         eigenvalues: (B, c, d).
         g: elementwise, called once with eigenvalues (B, c * d).
         u: (B, c, d, k) or (1, c, d, k).
+        rotated: return basis' g(D) u.
     """
     batch, count, d = eigenvalues.shape
     values = g(ops.reshape(eigenvalues, (batch, count * d)))
-    return (basis * ops.reshape(values, (-1, count, 1, d))) @ basis.mT @ u
+    rows = ops.reshape(values, (-1, count, d, 1)) * basis.mT
+    return (rows if rotated else basis @ rows) @ u

@@ -20,7 +20,7 @@ with kappa the curvature of the cone across the ray. In the same way, the second
 
     k E_t (-E_t n + a E_t s / |s| + (g E_t + 2 a E_s - 2 E_n) t),     k = kappa theta^2, a = delta / |s|.
 
-Where exp(|r|) would overflow, E = exp(-|r|) is used: (c, d) = (1, E) for r > 0 and (E, 1) otherwise.
+Since exp(|r|) may overflow, rays are scaled by exp(-|r|): (c, d) = (1, exp(-r)) for r > 0, else (exp(r), 1).
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class Exponential:
         curvature = [ops.where(regular, c, 0.0) for c in (k / scale[..., 0], a, g)]
         return v, s, basis, eigenvalues, ops.stack(curvature, axis=-1)
 
-    def spectral(self, ops, lin, g, u):
+    def spectral(self, ops, lin, g, u, rotated):
         _, _, basis, eigenvalues, _ = lin
-        return apply_spectral(ops, basis, eigenvalues, g, u)
+        return apply_spectral(ops, basis, eigenvalues, g, u, rotated)
 
     def project_linearized(self, ops, lin, v, order):
         """The Taylor polynomial: short, and as differentiable as any other polynomial."""
@@ -171,8 +171,7 @@ def _bracket(ops, x, y, z):
     high = ops.where(y > 0, x / ops.where(y > 0, y, 1.0), limit)
     low = ops.where(z > 0, ops.maximum(low, ops.log(abs(z) / largest(2 * y - x, x))), low)
     high = ops.where(z < 0, ops.minimum(high, -ops.log(abs(z) / largest(2 * x - y, y))), high)
-    clip = lambda r: ops.minimum(ops.maximum(r, -limit), limit)
-    return clip(low), clip(high)
+    return [ops.minimum(ops.maximum(r, -limit), limit) for r in (low, high)]
 
 
 def _root(ops, x, y, z):

@@ -27,7 +27,7 @@ class Orthant:
         zero = ops.full((*v.shape[:-1], self.zero), 0.0, v)
         return (ops.concat([zero, free], axis=-1),)
 
-    def spectral(self, ops, lin, g, u):
+    def spectral(self, ops, lin, g, u, rotated):
         (diagonal,) = lin
         return g(diagonal[:, 0])[:, None, :, None] * u
 

@@ -78,9 +78,9 @@ class Power:
         s = ops.where(inside, v, ops.where(zero, 0.0, scale * s))
         return v, s, basis, eigenvalues, m, ops.where(curved, scale * axis, -1.0)
 
-    def spectral(self, ops, lin, g, u):
+    def spectral(self, ops, lin, g, u, rotated):
         _, _, basis, eigenvalues, _, _ = lin
-        return apply_spectral(ops, basis, eigenvalues, g, u)
+        return apply_spectral(ops, basis, eigenvalues, g, u, rotated)
 
     def project_linearized(self, ops, lin, v, order):
         """The Taylor polynomial: short, and as differentiable as any other polynomial."""
@@ -194,7 +194,10 @@ def _expand(ops, a, v, s, m, axis, E, order):
     floor = ops.eps(v) ** 2 * ops.amax(abs(v), axis=-1, keepdims=True)
     v, sign = v[..., :-1], ops.where(v[..., -1:] < 0, -1.0, 0.0 * r + 1.0)
     dv, dzeta = E[..., :-1], sign * E[..., -1:]
-    total = lambda x: ops.sum(x, axis=-1, keepdims=True)
+
+    def total(x):
+        return ops.sum(x, axis=-1, keepdims=True)
+
     scaled = a / ops.maximum(2 * w - v, floor)
     c, lean, sigma = total(scaled * m), total(scaled * w), total(scaled * dv)
     q = lean + r * c

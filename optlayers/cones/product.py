@@ -7,7 +7,7 @@ cone family of this package has, for points (B, c, d) of c equal cones,
     shapes(count)                       shapes of the arrays of a linearisation without the batch axis
     project(ops, v)                     Pi_K(v)
     linearize(ops, v)                   spectral data of D = dPi_K(v)
-    spectral(ops, lin, g, u)            g(D) u for u (B, c, d, k)
+    spectral(ops, lin, g, u, rotated)   g(D) u for u (B, c, d, k)
     project_linearized(ops, lin, v, order)   Pi_K(v) near the point of `lin`, differentiable
 
 On a kink of the projection D is the smallest of its choices: the constraint counts as active.
@@ -179,6 +179,7 @@ def spectral(
     g: Callable[[Array], Array],
     u: Array,
     columns: bool = False,
+    rotated: bool = False,
 ) -> Array:
     """g(D) u for a function g of the eigenvalues of the symmetric matrix D.
 
@@ -188,6 +189,8 @@ def spectral(
             of shape (B, 1).
         u: (B, m); with `columns` (B, m, k), or (m, k) shared by the batch.
         columns: `u` is a matrix.
+        rotated: the result may be multiplied by an orthogonal matrix, the same for all columns and every g.
+            Cheaper, and enough where only inner products of columns are used, as in u' g(D)^2 u.
 
     Returns:
         (B, m), or (B, m, k).
@@ -200,7 +203,7 @@ def spectral(
     elif u.ndim == 2:
         u = u[None]
     args = zip(blocks, linearization, _split(ops, blocks, u), strict=True)
-    product = _join(ops, cones.layout, [b.cone.spectral(ops, lin, g, x) for b, lin, x in args])
+    product = _join(ops, cones.layout, [b.cone.spectral(ops, lin, g, x, rotated) for b, lin, x in args])
     return product if columns else product[..., 0]
 
 
@@ -212,7 +215,10 @@ def project_linearized(
     Differentiable in every mode and nesting: the branch, the eigenvectors and the roots that the projection
     depends on are taken from `linearization`, which must be constant and built at the value of `v`.
     """
-    near = lambda cone, x, lin: cone.project_linearized(ops, lin, x, order)
+
+    def near(cone, x, lin):
+        return cone.project_linearized(ops, lin, x, order)
+
     return _map(ops, cones, near, v, linearization)
 
 

@@ -37,7 +37,9 @@ class SecondOrder:
 
     def linearize(self, ops, v):
         t, w = v[..., :1], v[..., 1:]
-        r = ops.sqrt(ops.sum(w * w, axis=-1, keepdims=True))
+        scale = _largest(ops, w)
+        u = w / scale
+        r = scale * ops.sqrt(ops.sum(u * u, axis=-1, keepdims=True))
         safe = ops.where(r > 0, r, 1.0)
         minus = ops.cast(t > r, v)
         plus = ops.cast(t > -r, v)
@@ -45,7 +47,7 @@ class SecondOrder:
         rest = ops.minimum(ops.maximum(rest, 0.0), 1.0)
         return w / safe, ops.concat([plus, minus, rest], axis=-1)
 
-    def spectral(self, ops, lin, g, u):
+    def spectral(self, ops, lin, g, u, rotated):
         direction, eigenvalues = lin
         direction = direction[..., None]
         batch, count, _ = eigenvalues.shape
@@ -62,10 +64,18 @@ class SecondOrder:
         plus, minus = eigenvalues[..., :1], eigenvalues[..., 1:2]
         between = (plus - minus) > 0
         t, w = v[..., :1], v[..., 1:]
-        squared = ops.sum(w * w, axis=-1, keepdims=True)
+        scale = ops.stop_gradient(_largest(ops, w))
+        u = w / scale
+        squared = ops.sum(u * u, axis=-1, keepdims=True)
         # `where` also differentiates the branch it discards: at w = 0, sqrt(0) and 0 / 0 there would
         # turn the gradient into NaN.
-        r = ops.sqrt(ops.where(between, squared, 1.0))
+        r = scale * ops.sqrt(ops.where(between, squared, 1.0))
         height = (r + t) / 2
         middle = ops.concat([height, height / r * w], axis=-1)
         return ops.where(between, middle, minus * v)
+
+
+def _largest(ops, w):
+    """The largest entry of w, whose square alone may underflow or overflow; 1 where w = 0."""
+    scale = ops.amax(abs(w), axis=-1, keepdims=True)
+    return ops.where(scale > 0, scale, 1.0)

@@ -46,7 +46,7 @@ class Semidefinite:
         lam, U = ops.eigh(self._matrix(ops, ops.where(abs(v) < ops.eps(v) ** 2, 0.0, v)))
         return U, scale * lam
 
-    def spectral(self, ops, lin, g, u):
+    def spectral(self, ops, lin, g, u, rotated):
         U, lam = lin
         n, (_, count, _, k) = self.order, u.shape
         derivative, _ = self._weights(ops, lam)
@@ -58,7 +58,8 @@ class Semidefinite:
             M = U @ ops.reshape(M, (M.shape[0], count, n, n * k))
             return U[:, :, None] @ ops.reshape(M, (-1, count, n, n, k))
 
-        return self._svec(ops, rotate(U, weights * rotate(U.mT, self._mat(ops, u))))
+        product = weights * rotate(U.mT, self._mat(ops, u))
+        return self._svec(ops, product if rotated else rotate(U, product))
 
     def project_linearized(self, ops, lin, v, order):
         U, lam = lin

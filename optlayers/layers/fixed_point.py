@@ -72,7 +72,9 @@ class Call:
 class Exact:
     """The derivative of the implicit function theorem: w = r + A w is solved to `tol` (Bai et al. 2019).
 
-    Memory does not grow with the number of iterations. Where the solve does not converge, a warning says so.
+    Memory does not grow with the number of iterations. Where the solve does not converge, a warning says so;
+    in JAX, which cannot warn while it differentiates, derivatives of a sample whose residual exceeds sqrt(tol)
+    are NaN.
 
     Args:
         solver: for w; None takes the solver of the fixed point.
@@ -99,8 +101,8 @@ class Exact:
             A = lambda w: w - J(w)
             linear = Problem(lambda w: r + A(w), lambda w: A)
             result = run(ops, solver, linear, r, tol, max_iter)
-            ops.report(_warn_of_unsolved, result.status, result.residual)
-            return result.z
+            failed = result.residual > tol**0.5
+            return ops.reported(result.z, failed, _warn_of_unsolved, result.status, result.residual)
 
         return _attach(ops, call, solution, solve)
 

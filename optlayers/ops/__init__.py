@@ -208,8 +208,11 @@ class MatrixFreeOps(Ops, Protocol):
         """
         ...
 
-    def report(self, function: Callable, *arrays: Array) -> None:
-        """`function` of the arrays as NumPy arrays, also from within a traced or mapped computation."""
+    def reported(self, x: Array, failed: Array, function: Callable, *arrays: Array) -> Array:
+        """`x`, of which the rows `failed` are wrong: `function` of NumPy values tells the user.
+
+        Where arrays are only traced nothing can be told, and the rows are NaN.
+        """
         ...
 
 

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
@@ -177,18 +178,24 @@ def stop_gradient(x):
     return x.detach()
 
 
-def _unwrapped(x):
-    """`x` with the axes that torch.func.vmap has hidden, and without the wrappers of other transformations."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
+def _outside(function, *arrays):
+    """`function` of the arrays outside torch.func's transformations, with the axes that its vmap has hidden."""
+    plain = []
+    for x in arrays:
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+        plain.append(x)
+    with temporarily_clear_interpreter_stack():
+        return function(*(x.detach() for x in plain))
 
 
 def on_host(function, *arrays):
-    function(*(_unwrapped(x).detach().cpu().numpy() for x in arrays))
+    _outside(lambda *values: function(*(x.cpu().numpy() for x in values)), *arrays)
 
 
-report = on_host
+def reported(x, failed, function, *arrays):
+    on_host(function, *arrays)
+    return x
 
 
 def call_host(function, shapes, active, *arrays):
@@ -226,7 +233,7 @@ def tree_flatten(tree):
 
 
 def any_mapped(mask):
-    return torch.any(_unwrapped(mask))
+    return _outside(lambda x: bool(torch.any(x)), mask)
 
 
 @contextlib.contextmanager
@@ -534,10 +541,16 @@ class _Surrogate(torch.autograd.Function):
         return tuple(value.clone() for value in arrays[:count])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *cotangents):
         values, inputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        return None, None, *([None] * ctx.count), *ctx.backward_rule(values, inputs, cotangents)
+        with torch.no_grad():
+            results = ctx.backward_rule(values, inputs, cotangents)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Zeros whose derivatives raise: without them that of the result would be missing in silence.
+            message = "this gradient has no derivative of its own; use gradient='exact' or 'smoothed'"
+            stops = [_zero(x, 0, message) for x in (*inputs, *cotangents)]
+            results = [r if r is None else r + torch.stack(stops).sum() for r in results]
+        return None, None, *([None] * ctx.count), *results
 
 
 def surrogate_gradient(values, inputs, backward):

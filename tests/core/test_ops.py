@@ -639,6 +639,57 @@ def test_frozen_jvp(ops, framework, rng):
     assert_close(dx_bar, numpy(3 * x**3))
 
 
+def with_surrogate_gradient(ops):
+    """x -> (x**2, 5 x), with x**2 u + 3 x w in place of the product with the cotangents u and w."""
+
+    def rule(values, inputs, cotangents):
+        return [values[0] * cotangents[0] + 3 * inputs[0] * cotangents[1]]
+
+    return lambda x: ops.surrogate_gradient((ops.stop_gradient(x) ** 2, 5 * ops.stop_gradient(x)), (x,), rule)
+
+
+def test_surrogate_gradient(ops, framework):
+    values = with_surrogate_gradient(ops)(framework.array([1.0, 2.0]))
+    assert_all_close(values, [[1.0, 4.0], [5.0, 10.0]])
+
+
+def test_surrogate_gradient_of_torch(torch):
+    from optlayers.ops import torch as ops
+
+    layer = with_surrogate_gradient(ops)
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    cotangents = torch.ones_like(x), torch.tensor([1.0, torch.nan], dtype=torch.float64)
+    assert_close(torch.autograd.grad(layer(x), x, cotangents)[0], [4.0, np.nan])
+    # Even where the cotangents are constant and the rest of the sum has a second derivative.
+    (gradient,) = torch.autograd.grad((layer(x)[0] + x**3).sum(), x, create_graph=True)
+    assert_close(gradient, [4.0, 16.0])
+    with pytest.raises(NotImplementedError, match="no derivative of its own"):
+        gradient.sum().backward()
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(layer, (x,), (x,))
+
+
+def test_surrogate_gradient_of_jax():
+    jax = pytest.importorskip("jax")
+    from optlayers.ops import jax as ops
+
+    layer = with_surrogate_gradient(ops)
+    x = jax.numpy.array([1.0, 2.0])
+    cotangents = jax.numpy.ones(2), jax.numpy.array([1.0, np.nan])
+    assert_close(jax.vjp(layer, x)[1](cotangents)[0], [4.0, np.nan])
+
+    def gradient(x):
+        return jax.grad(lambda x: (layer(x)[0] + x**3).sum())(x)
+
+    assert_close(gradient(x), [4.0, 16.0])
+    with pytest.raises(NotImplementedError, match="no derivative of its own"):
+        jax.grad(lambda x: gradient(x).sum())(x)
+    with pytest.raises(NotImplementedError, match="no derivative of its own"):
+        jax.jvp(gradient, (x,), (x,))
+    with pytest.raises(TypeError):
+        jax.jvp(layer, (x,), (x,))
+
+
 # Leaves
 
 

@@ -1,0 +1,219 @@
+"""The cone program with sparse P and A as a differentiable map; see `optlayers.layers.conic` for the program.
+
+The problem is solved on the host, where one sparse factorisation serves Newton's refinement and the
+derivative. The derivative is taken by chord steps whose residual is made of gathers and scatters over the
+entries of P and A: gradients of matrices are vectors of as many entries, and no matrix is ever dense.
+
+P stands for (P + P') / 2, so that with u = J^-T (x_bar, 0) its entries have the gradient
+-(u_i x_j + x_i u_j) / 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from ..cones import Cones
+from ..implicit import attach
+from ..linalg.rows import project_linearized, unflatten
+from ..linalg.sensitivity import Regularity
+from ..ops import Array, Ops
+from ..solvers.choice import choose, configure
+from ..solvers.host import Clarabel, Host
+from ..solvers.sparse import SparseSolve
+from ..status import is_usable
+from .conic import FAILURE_POLICIES, ConicSolution, flatten_batch, restore_batch
+from .direct import INFINITE, _prepare, polyhedral_bounds
+
+
+class Entries(NamedTuple):
+    """A sparse matrix: `values` (N,) at `rows` and `columns` (N,); those at the same place add up."""
+
+    values: Array
+    rows: Array
+    columns: Array
+
+
+class HostCalls(Protocol):
+    """What a framework adds to its `Ops` for this path.
+
+    The functions take NumPy arrays and may get further axes in front, of equal length or of length 1.
+    """
+
+    def call(self, function: Callable, shapes: Sequence[tuple[int, ...]], *arrays: Array) -> list[Array]:
+        """`function(*arrays)`, float arrays of these shapes, without derivatives."""
+        ...
+
+    def apply_symmetric(self, function: Callable, r: Array, *arrays: Array) -> Array:
+        """`function(r, *arrays)`, a symmetric matrix times r; differentiable in r, to any order and mode."""
+        ...
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """The solver with its derivative and its policy, as `ConicLayer` has them."""
+
+    solve: SparseSolve
+    order: int = 2
+    on_failure: str = "raise"
+
+    def __post_init__(self):
+        if self.on_failure not in FAILURE_POLICIES:
+            raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {self.on_failure!r}")
+
+    def __call__(
+        self, ops: Ops, host: HostCalls, P: Entries, A: Entries, vectors: Sequence[Array], warm: Sequence[Array]
+    ) -> ConicSolution:
+        """The solution, batched, for q, b, l, u and an earlier (x, s, y), each with one batch axis."""
+        solution = _differentiable(ops, host, self, P, A, vectors, warm)
+        if self.on_failure != "nan":
+            return solution
+        failed = ~is_usable(solution.status)[:, None]
+        x, s, y = (ops.where(failed, ops.nan, z) for z in solution[:3])
+        return solution._replace(x=x, s=s, y=y)
+
+
+def _differentiable(
+    ops: Ops,
+    host: HostCalls,
+    layer: SparseLayer,
+    P: Entries,
+    A: Entries,
+    vectors: Sequence[Array],
+    warm: Sequence[Array],
+) -> ConicSolution:
+    solve, (q, b, l, u) = layer.solve, vectors
+    (m, n), cones = (solve.m, solve.n), solve.cones
+    batch = max(z.shape[0] for z in (*vectors, *warm))
+    x, v, error, iterations, *system = host.call(solve.solve, solve.output_shapes(batch), *P, *A, *vectors, *warm)
+    x_unique, y_unique, status, *flat = system
+    linearization, status = unflatten(cones, flat), ops.to_int(status)
+    usable = is_usable(status)[:, None]
+    A0 = A._replace(values=ops.stop_gradient(A.values))
+
+    def inverse(r):
+        r1, r2 = r[:, :n], r[:, n:]
+        d = host.apply_symmetric(solve.invert, r, *P, *A, *system)
+        dx, dy = d[:, :n], d[:, n:]
+        ds = r2 - _multiply(ops, A0, dx, m)
+        return ops.concat([dx, ds - dy], -1)
+
+    def split(z):
+        x, v = z[:, :n], z[:, n:]
+        s = project_linearized(ops, cones, (l, u), linearization, v, layer.order)
+        return x, s, s - v
+
+    def residual(z):
+        x, s, y = split(z)
+        Px = (_multiply(ops, P, x, n) + _multiply(ops, _transpose(P), x, n)) / 2
+        F = [Px + q + _multiply(ops, _transpose(A), y, n), _multiply(ops, A, x, m) + s - b]
+        return ops.where(usable, ops.concat(F, -1), 0.0)
+
+    z = attach(ops, residual, inverse, ops.concat([x, v], -1), layer.order)
+    regularity = Regularity(x_unique > 0, y_unique > 0)
+    return ConicSolution(*split(z), status, ops.to_int(iterations), error, regularity)
+
+
+def _multiply(ops: Ops, M: Entries, x: Array, size: int) -> Array:
+    """M x for vectors x (B, k): (B, size)."""
+    return ops.scatter_add(M.values[None] * ops.take(x, M.columns), M.rows, size)
+
+
+def _transpose(M: Entries) -> Entries:
+    return Entries(M.values, M.columns, M.rows)
+
+
+def sparse_layer(
+    P: Any,
+    q: Array,
+    A: Any,
+    cones: Cones,
+    *,
+    solver: Any,
+    eps: float,
+    order: int,
+    on_failure: str,
+    gradient: Any,
+    check: bool,
+) -> SparseLayer:
+    """The layer for matrices of the shapes of `P` and `A` and a choice of host solver.
+
+    Raises:
+        ValueError: matrices that do not fit together, or an option that sparse problems do not have.
+    """
+    n = q.shape[-1]
+    m = A.shape[-2] if A is not None and len(A.shape) == 2 else 0
+    for name, matrix, shape in (("P", P, (n, n)), ("A", A, (m, n))):
+        if matrix is not None and tuple(matrix.shape) != shape:
+            raise ValueError(
+                f"a sparse {name} must have shape {shape if matrix is P else ('m', n)}, got {tuple(matrix.shape)}; "
+                "a batch shares sparse matrices, only vectors may have batch axes"
+            )
+    if gradient != "exact":
+        raise ValueError(f"sparse problems have gradient='exact' only, got {gradient!r}; use dense matrices")
+    solvers = (Clarabel(),) if solver is None else choose(cones, P is None, solver)
+    hosts = tuple(solver for solver in solvers if isinstance(solver, Host))
+    if hosts != solvers:
+        raise ValueError(f"sparse problems are solved by Clarabel, OSQP or SCS, got solver={solver!r}")
+    solvers, eps = configure(hosts, {"eps": eps})
+    return SparseLayer(SparseSolve(m, n, cones, solvers, eps, check), order, on_failure)  # type: ignore[arg-type]
+
+
+def solve_sparse_box(
+    ops: Ops,
+    host: HostCalls,
+    layer: SparseLayer,
+    matrices: tuple[Entries, Entries],
+    data: Sequence[Array | None],
+    warm: Sequence[Array],
+    like: Array,
+) -> ConicSolution:
+    """As `solve_box`, for q, l, u in `data`."""
+    m = (layer.solve.m,)
+    q, l, u = data
+    l, u = (ops.full(m, bound, like) if z is None else z for z, bound in ((l, -ops.inf), (u, ops.inf)))
+    (q, l, u), lead = _vectors(ops, layer, "qlu", (q, l, u), like)
+    upper = ops.where(l <= -INFINITE, ops.inf, -l)
+    lower = ops.where(u >= INFINITE, -ops.inf, -u)
+    warm = [-z if i == 1 else z for i, z in enumerate(_warm(ops, warm))]
+    zero = ops.full((1, *m), 0.0, q)
+    solution = layer(ops, host, *_widest(ops, matrices), (q, zero, lower, upper), warm)
+    return restore_batch(ops, solution._replace(s=-solution.s), lead, like)
+
+
+def solve_sparse_cone(
+    ops: Ops,
+    host: HostCalls,
+    layer: SparseLayer,
+    cones: Cones,
+    matrices: tuple[Entries, Entries],
+    data: Sequence[Array | None],
+    warm: Sequence[Array],
+    like: Array,
+) -> ConicSolution:
+    """As `solve_cone`, for q, b in `data`."""
+    if layer.solve.m != cones.rows:
+        raise ValueError(f"the cones have {cones.rows} rows, but A has {layer.solve.m}: {cones}")
+    (q, b), lead = _vectors(ops, layer, "qb", data, like)
+    bounds = (ops.constant(bound, q)[None] for bound in polyhedral_bounds(cones))
+    solution = layer(ops, host, *_widest(ops, matrices), (q, b, *bounds), _warm(ops, warm))
+    return restore_batch(ops, solution, lead, like)
+
+
+def _vectors(ops: Ops, layer: SparseLayer, names: str, data: Sequence[Array | None], like: Array):
+    """The vectors with one batch axis, of length 1 where it was missing, and the batch axes as given."""
+    arrays, lead = _prepare(ops, list(names), data, ["n" if name == "q" else "m" for name in names], like)
+    for name, z in zip(names[1:], arrays[1:], strict=True):
+        if z.shape[-1] != layer.solve.m:
+            raise ValueError(f"{name} must have shape (..., {layer.solve.m}), got {tuple(z.shape)}")
+    return [z[None] if z.ndim == 1 else z for z in arrays], lead
+
+
+def _warm(ops: Ops, warm: Sequence[Array]) -> list[Array]:
+    arrays = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+    return [z[None] if z.ndim == 1 else z for z in arrays]
+
+
+def _widest(ops: Ops, matrices: Sequence[Entries]) -> list[Entries]:
+    return [M._replace(values=ops.widest(M.values)) for M in matrices]

@@ -1,0 +1,260 @@
+"""Large sparse problems on the host: a library solves, Newton steps refine, one factorisation serves both ends.
+
+Two functions of NumPy arrays are offered to the frameworks: `SparseSolve.solve` and the inverse
+`SparseSolve.invert` of the KKT system at its result. A matrix is given as entries (values, rows, columns),
+each (N,), of which those at the same place add up; P stands for (P + P') / 2. Vectors are q (B, n), b (B, m),
+l and u (B, k); B is 1 where the batch shares one. All arrays may have further axes in front, of equal length
+or of length 1. Problems are solved one after the other, in threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from ..cones import Cones
+from ..linalg.kkt import Problem
+from ..linalg.rows import Linearization, flatten, linearize, project, shapes, unflatten
+from ..linalg.sparse import REGULARIZATION, HostMatrix, SparseFactor, derivative_factor
+from ..ops import numpy as host
+from ..status import Status, check, is_usable
+from .base import RUNNING, Direction, Progress, certify, conclude, tolerances
+from .host import Host, _program
+from .newton import Point, evaluate
+from .scaling import Scaling
+
+# Arrays that describe P and A, in front of all others.
+MATRIX_ARRAYS = 6
+
+
+@dataclass
+class _Memo:
+    """The latest factorisations, so that the derivative finds those of the solve.
+
+    A cache: `SparseSolve.invert` makes those that are missing. For each problem the arrays that define its
+    factor, and the factor.
+    """
+
+    lanes: list[tuple[Sequence[np.ndarray], SparseFactor | None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SparseSolve:
+    """Solver of problems with m rows and n columns.
+
+    Args:
+        cones: the curved cones, in the last rows.
+        solvers: tried in turn while there is no solution.
+        eps: relative residual of a solution.
+        check: raise SolveError for problems that were not solved.
+    """
+
+    m: int
+    n: int
+    cones: Cones
+    solvers: tuple[Host, ...]
+    eps: float
+    check: bool
+    memo: _Memo = field(default_factory=_Memo, compare=False, repr=False)
+
+    def output_shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """Shapes of what `solve` returns, of float arrays."""
+        scalars = [(batch,)] * 5
+        bounded = self.m - self.cones.rows
+        arrays = [shape for shape, _ in shapes(self.cones, batch, bounded)]
+        return [(batch, self.n), (batch, self.m), *scalars, *arrays]
+
+    def solve(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """x, v, residual, iterations, x_unique, y_unique, status and the arrays of the linearisation.
+
+        Args:
+            arrays: entries of P and of A; q, b, l, u; perhaps (x, s, y) to start from.
+
+        Raises:
+            SolveError: some problems were not solved, and `check` is set.
+        """
+        lead, lanes = _lanes(arrays)
+        results = _in_threads(self._solve_lane, lanes)
+        outputs = [np.stack(parts) for parts in zip(*(output for output, _ in results), strict=True)]
+        outputs = [x.reshape(*lead, *x.shape[1:]) for x in outputs]
+        self.memo.lanes = [
+            ((*lane[:MATRIX_ARRAYS], *output[4:]), factor)
+            for lane, (output, factor) in zip(lanes, results, strict=True)
+        ]
+        if self.check:
+            check(outputs[6].astype(int), outputs[2])
+        return outputs
+
+    def invert(self, r: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
+        """(dx, dy) for r = (F_1, F_2) (..., B, n + m), see `SparseFactor.solve`; zero for failed problems.
+
+        Args:
+            arrays: entries of P and of A; x_unique, y_unique, status and the linearisation, from `solve`.
+        """
+        system, lanes = _lanes(arrays, tuple(self.output_shapes(1)[4:]))
+        remembered = self.memo.lanes if len(self.memo.lanes) == len(lanes) else [None] * len(lanes)
+        factors = _in_threads(self._factor, [*zip(lanes, remembered, strict=True)])
+        self.memo.lanes = [*zip(lanes, factors, strict=True)]
+        lead = np.broadcast_shapes(system, r.shape[:-1])
+        at = np.broadcast_to(np.arange(len(lanes)).reshape(system), lead).ravel()
+        rows = np.broadcast_to(r, (*lead, r.shape[-1])).reshape(-1, r.shape[-1])
+        solutions = _in_threads(self._invert_lane, [(factors[i], row) for i, row in zip(at, rows, strict=True)])
+        return np.stack(solutions).reshape(*lead, r.shape[-1])
+
+    def _invert_lane(self, factor: SparseFactor | None, r: np.ndarray) -> np.ndarray:
+        return 0 * r if factor is None else np.concatenate(factor.solve(r[: self.n], r[self.n :]))
+
+    def _factor(self, lane: Sequence[np.ndarray], remembered: Any) -> SparseFactor | None:
+        if remembered and all(map(np.array_equal, lane, remembered[0])):
+            return remembered[1]
+        x_unique, y_unique, status, *flat = lane[MATRIX_ARRAYS:]
+        if not is_usable(status):
+            return None
+        P, A = self._matrices(lane)
+        linearization = unflatten(self.cones, [np.asarray(x, float)[None] for x in flat])
+        return derivative_factor(self.cones, P, A, linearization, not (x_unique and y_unique))
+
+    def _matrices(self, lane: Sequence[np.ndarray]) -> tuple[Any, Any]:
+        P = _matrix(lane[:3], (self.n, self.n))
+        return (P + P.T) / 2, _matrix(lane[3:6], (self.m, self.n))
+
+    def _solve_lane(self, *lane: np.ndarray) -> tuple[list[np.ndarray], SparseFactor | None]:
+        """The outputs of `solve` for one problem, and its factor if its solution is usable."""
+        vectors = [np.array(x, float)[None] for x in lane[MATRIX_ARRAYS:]]
+        q, b, l, u, *warm = vectors
+        if not _is_finite(lane[0], lane[3], q, b, bounds=(l, u)):
+            nothing = Point(0 * q, np.zeros((1, self.m)), np.full(1, np.inf), None)  # type: ignore[arg-type]
+            zero_bounds = (np.zeros_like(l), np.zeros_like(u))
+            linearization = linearize(host, self.cones, zero_bounds, nothing.v)  # type: ignore[arg-type]
+            progress = Progress(nothing, np.full(1, Status.NON_FINITE.code), np.zeros(1))
+            return _outputs(progress, (True, True), linearization), None
+        P, A = self._matrices(lane)
+        lane_solve = _LaneSolve(self, Problem(HostMatrix(P), q, HostMatrix(A), b, l, u))
+        with np.errstate(all="ignore"):
+            progress = lane_solve.run(warm)
+            linearization = lane_solve.linearize(progress.best.v)
+            if not is_usable(progress.status[0]):
+                return _outputs(progress, (True, True), linearization), None
+            factor = progress.best.factor
+            if not (isinstance(factor, SparseFactor) and _same(factor.linearization, linearization)):
+                factor = derivative_factor(self.cones, P, A, linearization, False)
+            regular = factor.regularity()
+            if not all(regular):
+                factor = derivative_factor(self.cones, P, A, linearization, True)
+        return _outputs(progress, regular, linearization), factor
+
+
+class _LaneSolve(NamedTuple):
+    """The solve of one problem; its arrays have a batch axis of length 1."""
+
+    settings: SparseSolve
+    problem: Problem
+
+    @property
+    def unscaled(self) -> Scaling:
+        return Scaling(*(np.ones((1, k)) for k in (self.settings.n, self.settings.m, 1)))
+
+    def run(self, warm: Sequence[np.ndarray]) -> Progress:
+        """Refine the warm start if there is one, then the answer of each solver, until there is a solution."""
+        settings, problem = self
+        _, accept, _ = tolerances(host, settings.eps, problem.q)  # type: ignore[arg-type]
+        best = Point(0 * problem.q, 0 * problem.b, np.full(1, np.inf), None)  # type: ignore[arg-type]
+        status, steps = np.full(1, RUNNING), 0
+        if warm and all(np.isfinite(z).all() for z in warm):
+            best, steps = self.refine(best, (warm[0], warm[1] - warm[2]), settings.solvers[0].refine)
+        for solver in settings.solvers:
+            if best.residual[0] <= accept or status[0] != RUNNING:
+                break
+            point, direction = self.call(solver)
+            best, count = self.refine(best, point, solver.refine)
+            steps += count
+            if best.residual[0] > accept:
+                status = certify(host, settings.cones, problem, self.unscaled, direction)  # type: ignore[arg-type]
+        if best.residual[0] <= accept:
+            status = np.full(1, Status.SOLVED.code)
+        return conclude(host, Progress(best, status, np.full(1, steps)), settings.eps)  # type: ignore[arg-type]
+
+    def call(self, solver: Host) -> tuple[tuple[np.ndarray, np.ndarray], Direction]:
+        """(x, v) and the certifying directions from a library."""
+        cones, (P, q, A, b, l, u) = self.settings.cones, self.problem
+        answer = solver._solve(_program(cones, P.matrix, q[0], A.matrix, b[0], l[0], u[0]))
+        x, y, dx, dy = (z[None] for z in answer)
+        slack = project(host, cones, self.problem.bounds, b - x @ A.mT)  # type: ignore[arg-type]
+        return (x, slack - y), Direction(dx, dy)
+
+    def linearize(self, v: np.ndarray) -> Linearization:
+        return linearize(host, self.settings.cones, self.problem.bounds, v)  # type: ignore[arg-type]
+
+    def refine(self, best: Point, start: tuple[np.ndarray, np.ndarray], steps: int) -> tuple[Point, int]:
+        """The better of `best` and of the Newton iterates from `start`, as `newton.refine`; and the steps."""
+        settings, (P, _, A, *_) = self.settings, self.problem
+        target, *_ = tolerances(host, settings.eps, self.problem.q)  # type: ignore[arg-type]
+        (x, v), factor = start, None
+        for count in range(steps + 1):
+            F, error = evaluate(host, settings.cones, self.problem, self.unscaled, x, v)  # type: ignore[arg-type]
+            if error[0] < best.residual[0]:
+                best = Point(x, v, error, factor)  # type: ignore[arg-type]
+            if best.residual[0] <= target or count == steps or not np.isfinite(error[0]):
+                return best, count
+            linearization = self.linearize(v)
+            e = min(max(0.01 * error[0], REGULARIZATION), 0.01)
+            # Where the active rows stay, so does the matrix.
+            if factor is None or factor.e > e or not _same(factor.linearization, linearization):
+                factor = SparseFactor(settings.cones, P.matrix, A.matrix, linearization, e)
+            dx, dy = (-z for z in factor.solve(F[0][0], F[1][0]))
+            ds = -F[1][0] - A.matrix @ dx
+            x, v = x + dx, v + (ds - dy)
+        return best, steps
+
+
+def _outputs(progress: Progress, regular: tuple[bool, bool], linearization: Linearization) -> list[np.ndarray]:
+    best, status, iterations = progress
+    scalars = [best.residual[0], iterations[0], *regular, status[0]]
+    return [best.x[0], best.v[0], *(np.array(z, float) for z in scalars), *(z[0] for z in flatten(linearization))]
+
+
+def _same(a: Linearization, b: Linearization) -> bool:
+    return all(map(np.array_equal, flatten(a), flatten(b)))
+
+
+def _is_finite(*data: np.ndarray, bounds: Sequence[np.ndarray]) -> bool:
+    return all(np.isfinite(x).all() for x in data) and not any(np.isnan(x).any() for x in bounds)
+
+
+def _matrix(entries: Sequence[np.ndarray], shape: tuple[int, int]) -> Any:
+    values, rows, columns = entries
+    return sp.csc_array(sp.coo_array((np.asarray(values, float), (rows, columns)), shape=shape))
+
+
+def _lanes(
+    arrays: Sequence[np.ndarray], own: Sequence[tuple[int, ...]] = ()
+) -> tuple[tuple[int, ...], list[tuple[np.ndarray, ...]]]:
+    """The axes in front of all arrays, the batch axis included, and for each of their indices the arrays.
+
+    Args:
+        own: shapes, with the batch axis, of the arrays after those of the matrices; by default (B, k).
+    """
+    ndims = [len(shape) - 1 for shape in own] or [1] * (len(arrays) - MATRIX_ARRAYS)
+    # Copied: the memory may be the framework's, which writes to it again.
+    expanded = [np.array(x) for x in arrays]
+    expanded[:MATRIX_ARRAYS] = [x[..., None, :] for x in expanded[:MATRIX_ARRAYS]]
+    ndims = [1] * MATRIX_ARRAYS + ndims
+    lead = np.broadcast_shapes(*(x.shape[: x.ndim - k] for x, k in zip(expanded, ndims, strict=True)))
+
+    def at(x: np.ndarray, index: tuple[int, ...]) -> np.ndarray:
+        return x[tuple(i if size > 1 else 0 for i, size in zip(index, x.shape, strict=False))]
+
+    return lead, [tuple(at(x, index) for x in expanded) for index in np.ndindex(*lead)]
+
+
+def _in_threads(function: Callable, arguments: Sequence[tuple]) -> list:
+    if len(arguments) == 1:
+        return [function(*arguments[0])]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return list(pool.map(lambda args: function(*args), arguments))

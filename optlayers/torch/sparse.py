@@ -1,0 +1,124 @@
+"""Sparse matrices of PyTorch and SciPy, and calls of the host with their derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from ..cones import Cones
+from ..layers import sparse
+from ..layers.conic import ConicSolution
+from ..layers.direct import curved_part
+from ..ops import torch as ops
+
+
+def is_sparse(matrix: Any) -> bool:
+    return sp.issparse(matrix) or (isinstance(matrix, Tensor) and matrix.layout != torch.strided)
+
+
+def solve_qp(P, q, A, l, u, warm, **options) -> ConicSolution:
+    layer = sparse.sparse_layer(P, q, A, Cones(), check=options["on_failure"] == "raise", **options)
+    matrices = _entries(P, q), _entries(A, q)
+    return sparse.solve_sparse_box(ops, _HOST, layer, matrices, (q, l, u), warm, q)
+
+
+def solve_conic(P, q, A, b, cones, warm, **options) -> ConicSolution:
+    layer = sparse.sparse_layer(P, q, A, curved_part(cones), check=options["on_failure"] == "raise", **options)
+    matrices = _entries(P, q), _entries(A, q)
+    return sparse.solve_sparse_cone(ops, _HOST, layer, cones, matrices, (q, b), warm, q)
+
+
+def _entries(matrix: Any, like: Tensor) -> sparse.Entries:
+    if matrix is None:
+        matrix = sp.coo_array((0, 0))
+    if sp.issparse(matrix):
+        matrix = sp.coo_array(matrix)
+        values, indices = ops.constant(np.asarray(matrix.data, float), like), [matrix.row, matrix.col]
+        return sparse.Entries(values, *(ops.constant(i.astype(np.int64), like) for i in indices))
+    if matrix.layout == torch.strided:
+        rows, columns = (ops.constant(i.ravel(), like) for i in np.indices(tuple(matrix.shape)))
+        return sparse.Entries(matrix.reshape(-1), rows, columns)
+    if matrix.layout == torch.sparse_coo:
+        matrix = matrix.coalesce()
+        return sparse.Entries(matrix.values(), *matrix.indices())
+    if matrix.layout == torch.sparse_csr:
+        counts = matrix.crow_indices().diff()
+        rows = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
+        return sparse.Entries(matrix.values(), rows, matrix.col_indices().to(torch.int64))
+    raise ValueError(f"sparse tensors must have the COO or CSR layout, got {matrix.layout}")
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().numpy()
+
+
+def _fold(info, dims, arrays) -> list[Tensor]:
+    """The mapped axis in front, of length 1 where an array is not mapped."""
+    return [x[None] if dim is None else x.movedim(dim, 0) for x, dim in zip(arrays, dims, strict=True)]
+
+
+class _Call(Function):
+    """A function of NumPy arrays, without derivative."""
+
+    @staticmethod
+    def forward(function, like, *arrays):
+        results = function(*map(_numpy, arrays))
+        return tuple(torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in results)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info, in_dims, function, like, *arrays):
+        results = _Call.apply(function, like, *_fold(info, in_dims[2:], arrays))
+        return results, (0,) * len(results)
+
+
+class _Symmetric(Function):
+    """A symmetric matrix, given by a function of NumPy arrays, times r."""
+
+    @staticmethod
+    def forward(r, function, *arrays):
+        return torch.as_tensor(function(*map(_numpy, (r, *arrays))), dtype=r.dtype, device=r.device)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.function, *arrays = inputs
+        ctx.save_for_backward(*arrays)
+        ctx.save_for_forward(*arrays)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        arrays = ctx.saved_tensors
+        return _Symmetric.apply(gradient, ctx.function, *arrays), None, *[None] * len(arrays)
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        # torch has disabled forward mode here, and would lose the tangents of an outer one in silence.
+        with forward_ad._set_fwd_grad_enabled(True):
+            return _Symmetric.apply(tangent, ctx.function, *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info, in_dims, r, function, *arrays):
+        r, *arrays = _fold(info, (in_dims[0], *in_dims[2:]), (r, *arrays))
+        return _Symmetric.apply(r.expand(info.batch_size, *r.shape[1:]), function, *arrays), 0
+
+
+class _Host:
+    @staticmethod
+    def call(function, shapes, *arrays):
+        like = next(x for x in arrays if x.is_floating_point()).detach()
+        return list(_Call.apply(function, like, *(x.detach() for x in arrays)))
+
+    @staticmethod
+    def apply_symmetric(function, r, *arrays):
+        return _Symmetric.apply(r, function, *(x.detach() for x in arrays))
+
+
+_HOST = _Host()

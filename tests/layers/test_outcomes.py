@@ -1,0 +1,242 @@
+"""Problems without solution, without data, of extreme scale: what becomes of them, and of the rest of the batch."""
+
+import time
+
+import cvxpy as cp
+import numpy as np
+import pytest
+
+from checks import assert_close
+from frontends import FRONTENDS
+from optlayers.status import SolveError, Status
+from outcome_problems import KINDS
+from problems import qp_shared
+
+BAD = 1  # the lane that has no solution
+GOOD = [0, 2]
+OUTCOMES = {
+    "infeasible": Status.PRIMAL_INFEASIBLE,
+    "unbounded": Status.DUAL_INFEASIBLE,
+    "nan": Status.NON_FINITE,
+    "inf": Status.NON_FINITE,
+}
+# In JAX every policy and every kind takes about ten seconds to compile.
+CASES = [
+    pytest.param(
+        (kind, framework),
+        id=f"{kind}-{framework}",
+        marks=[pytest.mark.slow] if framework == "jax" and kind != "sdp" else [],
+    )
+    for kind in KINDS
+    for framework in FRONTENDS
+]
+
+
+def values_of(kind, outcome, position=None):
+    """The good problems, one of them replaced by one of this outcome."""
+    if outcome in ("infeasible", "unbounded"):
+        return kind.with_lane(getattr(kind, outcome), BAD)
+    values = [value.copy() for value in kind.good]
+    bad = values[position][BAD : BAD + 1]
+    bad[...] = np.where(np.arange(bad.size).reshape(bad.shape) == 0, float(outcome), bad)
+    return values
+
+
+class Case:
+    """A kind of problem in one framework; with `mask`, one compiled function serves most tests."""
+
+    def __init__(self, kind, framework):
+        self.kind, self.frontend = KINDS[kind](), FRONTENDS[framework]()
+        self.layer = self.kind.layer(self.frontend, on_failure="mask")
+        self.differentiable = self.frontend.differentiable(self.layer)
+        self.cotangents = [np.ones((3, *self.kind.variables[0].shape))]
+        self.good = self(self.kind.good)
+
+    def __call__(self, values):
+        outputs, gradients = self.differentiable(values, self.cotangents)
+        return [*outputs, *gradients]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    kind, framework = request.param
+    pytest.importorskip(framework)
+    return Case(kind, framework)
+
+
+LANES = [(outcome, None) for outcome in ("infeasible", "unbounded")]
+LANES += [(outcome, position) for outcome in ("nan", "inf") for position in range(3)]
+
+
+@pytest.mark.parametrize("outcome, position", LANES, ids=str)
+def test_bad_lane_leaves_the_others_bit_identical(case, outcome, position):
+    """Solutions and gradients of the other lanes are those of a batch in which that lane is good, too."""
+    for actual, expected in zip(case(values_of(case.kind, outcome, position)), case.good, strict=True):
+        np.testing.assert_array_equal(actual[GOOD], expected[GOOD])
+
+
+@pytest.mark.parametrize("outcome, position", LANES, ids=str)
+def test_masked_lane_is_finite_and_has_no_gradient(case, outcome, position):
+    output, *gradients = case(values_of(case.kind, outcome, position))
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient[BAD], np.zeros_like(gradient[BAD]))
+    assert np.isfinite(output).all()
+
+
+@pytest.mark.parametrize("policy", ["nan", "mask"])
+def test_lane_that_is_not_finite_does_not_reach_the_gradient_of_shared_parameters(frontend, policy):
+    """P, A and b are common to the batch, q has NaN in one lane: the others still have a gradient."""
+    family = qp_shared()
+    layer = frontend.CvxpyLayer(family.problem, family.parameters, family.variables, on_failure=policy)
+    values = family.batch(np.random.default_rng(0), 3)
+    weights = np.ones((3, 4))
+    weights[BAD] = 0
+    differentiable = frontend.differentiable(layer)
+    _, expected = differentiable(values, [weights])
+    values[1][BAD, 0] = np.nan
+    _, gradients = differentiable(values, [np.ones((3, 4))])
+    for parameter, actual, other in zip(family.parameters, gradients, expected, strict=True):
+        assert_close(actual, other, 1e-12, parameter.name())
+
+
+def test_error_names_the_lane(case):
+    layer = case.kind.layer(case.frontend)
+    if case.frontend.name == "jax":
+        pytest.skip("the same code after another compilation; tests of misuse cover it")
+    for outcome, position in LANES:
+        status = OUTCOMES[outcome]
+        with pytest.raises(SolveError, match="1 of 3 problems") as error:
+            layer(*map(case.frontend.array, values_of(case.kind, outcome, position)))
+        expected = [Status.SOLVED.code, status.code, Status.SOLVED.code]
+        np.testing.assert_array_equal(error.value.status, expected)
+        assert f"batch index ({BAD},): {status.value}" in str(error.value)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]()
+
+
+@pytest.fixture
+def torch_frontend():
+    pytest.importorskip("torch")
+    return FRONTENDS["torch"]()
+
+
+@pytest.mark.parametrize("outcome", ["infeasible", "unbounded", "nan"])
+@pytest.mark.parametrize("policy", ["nan", "ignore"])
+def test_policies(kind, torch_frontend, policy, outcome):
+    """The bad lane is NaN, or whatever there is; the good lanes and their gradients are as ever."""
+    weights = [np.ones((3, *kind.variables[0].shape))]
+    layer = kind.layer(torch_frontend, on_failure=policy)
+    (good,), good_gradients = torch_frontend.differentiable(layer)(kind.good, weights)
+    values = values_of(kind, outcome, 0)
+    (x,), gradients = torch_frontend.differentiable(layer)(values, weights)
+    if policy == "nan":
+        assert np.isnan(x[BAD]).all()
+    elif outcome != "nan":
+        assert np.isfinite(x[BAD]).all()
+    assert_close(x[GOOD], good[GOOD], 1e-9)
+    for actual, expected in zip(gradients, good_gradients, strict=True):
+        assert_close(actual[GOOD], expected[GOOD], 1e-8)
+
+
+def test_empty_batch(kind, torch_frontend):
+    values = [value[:0] for value in kind.good]
+    shape = (0, *kind.variables[0].shape)
+    (x,), gradients = torch_frontend.differentiable(kind.layer(torch_frontend))(values, [np.zeros(shape)])
+    assert x.shape == shape
+    assert [g.shape for g in gradients] == [v.shape for v in values]
+
+
+# Scales. Costs do not change x, and sizes scale it.
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e4, 1e8])
+@pytest.mark.parametrize("name", ["lp", "socp", "sdp"])
+@pytest.mark.parametrize("what", ["costs", "sizes"])
+def test_scaled_data(torch_frontend, name, what, scale):
+    kind = KINDS[name]()
+    weights = [np.ones((3, *kind.variables[0].shape))]
+    differentiable = torch_frontend.differentiable(kind.layer(torch_frontend))
+    (expected,), expected_gradients = differentiable(kind.good, weights)
+    values, position = list(kind.good), getattr(kind, what)
+    values[position] = values[position] * scale
+    (x,), gradients = differentiable(values, weights)
+    unit = scale if what == "sizes" else 1.0
+    assert_close(x / unit, expected, 1e-7)
+    for i, (actual, other) in enumerate(zip(gradients, expected_gradients, strict=True)):
+        factor = unit / (scale if i == position else 1.0)
+        assert_close(actual / factor, other, 1e-6, kind.parameters[i].name())
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e4, 1e6, 1e8])
+def test_scaled_row(torch_frontend, scale):
+    """a'x <= total, both times `scale`: the solution is the same, the multiplier the inverse."""
+    kind = KINDS["qp"]()
+    weights = [np.ones((3, 2))]
+    layer = kind.layer(torch_frontend)
+    differentiable = torch_frontend.differentiable(layer)
+    (expected,), expected_gradients = differentiable(kind.good, weights)
+    values = [kind.good[0], *(value * scale for value in kind.good[1:])]
+    assert torch_frontend.numpy(layer.solve(*map(torch_frontend.array, values)).regularity.x).all()
+    (x,), gradients = differentiable(values, weights)
+    assert_close(x, expected, 1e-9)
+    for i, (actual, other) in enumerate(zip(gradients, expected_gradients, strict=True)):
+        assert_close(actual * (scale if i else 1.0), other, 1e-6, kind.parameters[i].name())
+
+
+# No constraints at all.
+
+
+def solved(frontend, objective, parameters, variables, values):
+    layer = frontend.CvxpyLayer(cp.Problem(cp.Minimize(objective)), parameters, variables)
+    return layer.solve(*map(frontend.array, values))
+
+
+def test_linear_objective_without_constraints_is_unbounded(torch_frontend):
+    c, x = cp.Parameter(2), cp.Variable(2)
+    with pytest.raises(SolveError, match="unbounded"):
+        solved(torch_frontend, c @ x, [c], [x], [[1.0, 0.0]])
+
+
+def test_norm_without_constraints_is_bounded_while_its_slope_exceeds_the_cost(torch_frontend):
+    c, x = cp.Parameter(2), cp.Variable(2)
+    solution = solved(torch_frontend, c @ x + cp.norm(x - 1), [c], [x], [[0.3, 0.4]])
+    assert_close(torch_frontend.numpy(solution.variables[0]), np.ones(2), 1e-9)
+    with pytest.raises(SolveError, match="unbounded"):
+        solved(torch_frontend, c @ x + cp.norm(x - 1), [c], [x], [[3.0, 4.0]])
+
+
+def test_eigenvalue_without_constraints(torch_frontend):
+    c, X = cp.Parameter(), cp.Variable((2, 2), symmetric=True)
+    objective = c * cp.trace(X) + cp.lambda_max(X) + cp.sum_squares(X) / 2
+    solution = solved(torch_frontend, objective, [c], [X], [-1.5])
+    assert_close(torch_frontend.numpy(solution.variables[0]), np.eye(2), 1e-9)
+    with pytest.raises(SolveError, match="unbounded"):
+        solved(torch_frontend, c * cp.trace(X) + cp.lambda_max(X), [c], [X], [-3.0])
+
+
+# Infeasible or unattained by so little that there is no certificate: the layer must come to an end.
+
+
+def weakly_infeasible():
+    p, x, y = cp.Parameter(), cp.Variable(), cp.Variable()
+    return cp.Problem(cp.Minimize(cp.square(y - p)), [cp.norm(cp.hstack([1, x])) <= x]), p, x
+
+
+def unattained():
+    p, x, y = cp.Parameter(nonneg=True), cp.Variable(), cp.Variable()
+    return cp.Problem(cp.Minimize(p * x), [cp.quad_over_lin(1, y) <= x]), p, x
+
+
+@pytest.mark.parametrize("build", [weakly_infeasible, unattained])
+def test_problem_without_certificate_ends_and_is_not_solved(torch_frontend, build):
+    problem, parameter, variable = build()
+    layer = torch_frontend.CvxpyLayer(
+        problem, [parameter], [variable], on_failure="ignore", solver_args={"max_iter": 200}
+    )
+    start = time.monotonic()
+    solution = layer.solve(torch_frontend.array(1.0))
+    assert time.monotonic() - start < 60
+    assert int(solution.status) != Status.SOLVED.code
