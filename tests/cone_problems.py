@@ -322,9 +322,7 @@ def geometric():
     a, b = cp.Parameter(2, pos=True, name="a"), cp.Parameter(pos=True, name="b")
     objective = a @ x + b / y + x[0] / x[1]
     problem = cp.Problem(cp.Minimize(objective), [x[0] * x[1] * y >= b, y <= 3, x[0] <= 2])
-    return ConeFamily(
-        problem, [a, b], [x, y], lambda rng: [rng.uniform(1, 2, 2), rng.uniform(1, 2)], gp=True
-    )
+    return ConeFamily(problem, [a, b], [x, y], lambda rng: [rng.uniform(1, 2, 2), rng.uniform(1, 2)], gp=True)
 
 
 def geometric_exponent():
@@ -333,9 +331,7 @@ def geometric_exponent():
     a, b = cp.Parameter(3, pos=True, name="a"), cp.Parameter(pos=True, name="b")
     power = cp.Parameter(name="power")
     objective = cp.sum(cp.multiply(a, x)) + b / y
-    problem = cp.Problem(
-        cp.Minimize(objective), [cp.prod(x) * y**power >= b, y <= 3, x[0] == x[1] ** 2]
-    )
+    problem = cp.Problem(cp.Minimize(objective), [cp.prod(x) * y**power >= b, y <= 3, x[0] == x[1] ** 2])
 
     def sample(rng):
         return rng.uniform(1, 2, 3), rng.uniform(1, 2), rng.uniform(0.4, 0.8)

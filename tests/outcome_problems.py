@@ -67,7 +67,9 @@ def socp():
     """|F x| <= a'x + total."""
     c, a, total = cp.Parameter(2, name="c"), cp.Parameter(2, name="a"), cp.Parameter(name="total")
     x = cp.Variable(2)
-    problem = cp.Problem(cp.Minimize(c @ x), [cp.norm(np.array([[1.0, 0.4], [0.0, 0.9]]) @ x) <= a @ x + total])
+    problem = cp.Problem(
+        cp.Minimize(c @ x), [cp.norm(np.array([[1.0, 0.4], [0.0, 0.9]]) @ x) <= a @ x + total]
+    )
     return Kind(
         problem,
         [c, a, total],

@@ -32,8 +32,8 @@ import numpy as np
 
 from .eigenbasis import apply_spectral
 
-# At most 12 were needed on 10^6 points with entries from 1e-16 to 1e16 of one another.
-_STEPS = 14
+# 14 million points with entries from 1e-20 to 1 and weights from 1e-4 on: 5e-12 after 13 steps, 9e-16 after 14.
+_STEPS = 15
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ..layers.approximate import LPGD, Smoothed
 from ..layers.conic import ConicSolution, conic_layer
 from ..layers.direct import curved_part, solve_box, solve_cone
 from ..ops import jax as ops
+from . import sparse
 from .checked import run_checked
 
 
@@ -34,6 +35,8 @@ def solve_qp(
     warm_start: ConicSolution | None = None,
 ) -> ConicSolution:
     """
+    P and A may also be sparse; see `optlayers.layers.sparse`.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from optlayers.jax import solve_qp
@@ -42,6 +45,9 @@ def solve_qp(
         >>> jax.grad(total)(jnp.array([-3.0, 0.5])).round(6).tolist()
         [0.0, -1.0]
     """
+    if sparse.is_sparse(P) or sparse.is_sparse(A):
+        options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
+        return sparse.solve_qp(P, q, A, l, u, _point(warm_start), gradient=gradient, **options)
     layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient)
     return run_checked(_solve_box, layer, (P, q, A, l, u), _point(warm_start), q)
 
@@ -63,6 +69,8 @@ def solve_conic(
     warm_start: ConicSolution | None = None,
 ) -> ConicSolution:
     """
+    P and A may also be sparse; see `optlayers.layers.sparse`.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from optlayers.jax import Cones, solve_conic
@@ -71,6 +79,9 @@ def solve_conic(
         >>> abs(solution.x).round(6).tolist()
         [0.0, 2.0]
     """
+    if sparse.is_sparse(P) or sparse.is_sparse(A):
+        options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
+        return sparse.solve_conic(P, q, A, b, cones, _point(warm_start), gradient=gradient, **options)
     layer = conic_layer(
         curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient
     )

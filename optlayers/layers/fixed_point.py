@@ -190,17 +190,21 @@ class Shine:
 
 def _residual(ops: MatrixFreeOps, call: Call, solution: Solution) -> Callable[[Array], Array]:
     """z to z - f(z), zero for failed samples under the policy "mask"."""
+    return lambda z: _masked(ops, call, solution, z - call.value(z))
+
+
+def _masked(ops: MatrixFreeOps, call: Call, solution: Solution, x: Array) -> Array:
     if call.layer.on_failure != "mask":
-        return lambda z: z - call.value(z)
-    usable = _is_usable(solution.status)[:, None]
-    return lambda z: ops.where(usable, z - call.value(z), 0.0)
+        return x
+    return ops.where(_is_usable(solution.status)[:, None], x, 0.0)
 
 
 def _attach(ops: MatrixFreeOps, call: Call, solution: Solution, solve: Callable) -> Array:
     """The solution with the derivatives that `solve`, (J, r) to about J^-1 r, implies."""
     order = call.layer.order if isinstance(call.layer.adjoint, Exact) else 1
-    J_of = lambda z: z - call.value(z)
-    inverse = lambda r: ops.solve_increment(J_of, solution.z, solve, r)
+    F = lambda z: z - call.value(z)
+    # Masked on both sides: a failed sample's equations, which may have no solution, are never posed.
+    inverse = lambda r: _masked(ops, call, solution, ops.solve_increment(F, solution.z, solve, r))
     return attach(ops, _residual(ops, call, solution), inverse, solution.z, order)
 
 

@@ -1,6 +1,7 @@
 """The KKT residual map of a cone program and linear solves with its Jacobian.
 
-K stands for the whole set of `optlayers.linalg.rows`. With v = s - y, s = Pi_K(v) and y = s - v (Moreau), optimality is one square, piecewise smooth equation:
+K stands for the whole set of `optlayers.linalg.rows`. With v = s - y, s = Pi_K(v) and y = s - v (Moreau),
+optimality is one square, piecewise smooth equation:
 
     F(x, v) = [ P x + q + A'(Pi_K(v) - v) ;  A x + Pi_K(v) - b ] = 0
     J       = [ P   -A'(I - D) ;  A   D ],        D = dPi_K(v), symmetric, 0 <= D <= I

@@ -134,7 +134,9 @@ class Ops(Protocol):
         """`function` of the arrays as NumPy arrays, now, or never where they are only traced."""
         ...
 
-    def call_host(self, function: Callable, shapes: Sequence[Sequence[int]], active: Array, *arrays: Array):
+    def call_host(
+        self, function: Callable, shapes: Sequence[Sequence[int]], active: Array, *arrays: Array
+    ) -> list[Array]:
         """`function` of NumPy arrays, its results (float arrays of these shapes) back on the device.
 
         Args:

@@ -53,7 +53,7 @@ def choose(cones: Cones, linear: bool, solver: Any) -> tuple[Solver, ...]:
 def configure(solvers: tuple[Solver, ...], settings: Mapping[str, Any]) -> tuple[tuple[Solver, ...], float]:
     """The solvers with `settings`, and the accuracy `eps` among them.
 
-    A name that is a field of a solver sets it; a host solver takes any other name as an option of its library.
+    A name that is a field of a solver sets it; a host solver takes other names as options of its library.
     Names without meaning here are reported and ignored, as settings written for another library would be.
     """
     eps = EPS

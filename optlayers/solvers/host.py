@@ -48,7 +48,7 @@ class _HostState(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """x (n,), y (m,) and, where there is no solution, the certifying directions; NaN for what is not there."""
+    """x (n,), y (m,) and, where there is no solution, the certifying directions; else zeros."""
 
     x: np.ndarray
     y: np.ndarray

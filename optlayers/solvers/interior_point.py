@@ -58,6 +58,7 @@ class _Sides(NamedTuple):
     finite: Array  # (B, 2m)
     h: Array  # (B, 2m) right-hand sides, G x + t = h
     count: Array  # finite sides, at least 1
+    cost: Array  # factor on the objective
 
 
 class _Residuals(NamedTuple):
@@ -133,7 +134,8 @@ class InteriorPoint:
 
     def point(self, ops: Ops, cones: Cones, problem: Problem, state: _State) -> tuple[Array, Array]:
         s = problem.b - matvec(problem.A, state.x)
-        return state.x, ops.minimum(ops.maximum(s, problem.l), problem.u) - state.y
+        y = state.y / _cost_scale(ops, problem)
+        return state.x, ops.minimum(ops.maximum(s, problem.l), problem.u) - y
 
     def direction(self, state: _State) -> Direction:
         return Direction(state.dx, state.dy)
@@ -148,7 +150,7 @@ class InteriorPoint:
         another 5 to 15 % off, the full ratio s failed on 4 of 77.
         """
         system = _factorize(ops, problem, sides, start)
-        residuals = _Residuals(problem.q, -sides.h * sides.finite, -sides.e * sides.equal)
+        residuals = _Residuals(sides.cost * problem.q, -sides.h * sides.finite, -sides.e * sides.equal)
         step = self._solve(ops, problem, sides, system, residuals, 0 * sides.h[:, None])
         x = step.dx[:, 0]
         Ax = matvec(problem.A, x)
@@ -202,7 +204,7 @@ class InteriorPoint:
 
         regains; of its iterates the one with the smallest error is kept.
         """
-        P, A, W = problem.P, problem.A, system.W
+        P, A, W, cost = problem.P, problem.A, system.W, sides.cost[:, None]
         g_sides = sides.finite[:, None] * (residuals.sides[:, None] + rhs / system.z)
         equal = (sides.equal * residuals.equal)[:, None] / system.delta
         Wg = _joined(system.side_weights * g_sides) + equal
@@ -214,7 +216,7 @@ class InteriorPoint:
             return dx, W * (dx @ A.mT) + second
 
         def measured(dx, dy):
-            first = -r_dual - dx @ P.mT - system.rho * dx - dy @ A
+            first = -r_dual - cost * (dx @ P.mT) - system.rho * dx - dy @ A
             second = ops.where(W > 0, dx @ A.mT + compliance * (Wg - dy), 0.0)
             return dx, dy, first, second, ops.maximum(_size(ops, first), _size(ops, second))
 
@@ -252,13 +254,25 @@ def _split(ops: Ops, problem: Problem) -> _Sides:
     equal = ops.cast(l == u, problem.b)
     e = problem.b - ops.where(l == u, l, 0.0)
     count = ops.maximum(ops.sum(finite, -1, keepdims=True), 1.0)
-    return _Sides(equal, e, finite, ops.concat(h, -1), count)
+    return _Sides(equal, e, finite, ops.concat(h, -1), count, _cost_scale(ops, problem))
+
+
+def _cost_scale(ops: Ops, problem: Problem) -> Array:
+    """The factor (B, 1) that makes the larger of |q| and the mean column of P one.
+
+    Equilibration has done that, except where a shared P has to have the same factor throughout the batch.
+    """
+    columns = ops.amax(abs(batched(problem.P)), -1)
+    mean = ops.sum(columns, -1, keepdims=True) / max(columns.shape[-1], 1)
+    size = ops.maximum(_size(ops, problem.q), mean)
+    return 1 / ops.where(size > 0, size, 1.0)
 
 
 def _evaluate(ops: Ops, problem: Problem, sides: _Sides, state: _State) -> _Residuals:
     Ax, Aty = matvec(problem.A, state.x), matvec(problem.A.mT, state.y)
     r_sides = sides.finite * (ops.concat([Ax, -Ax], -1) + state.t - sides.h)
-    return _Residuals(matvec(problem.P, state.x) + problem.q + Aty, r_sides, sides.equal * (Ax - sides.e))
+    gradient = sides.cost * (matvec(problem.P, state.x) + problem.q)
+    return _Residuals(gradient + Aty, r_sides, sides.equal * (Ax - sides.e))
 
 
 def _largest(ops: Ops, residuals: _Residuals) -> Array:
@@ -272,7 +286,7 @@ def _factorize(ops: Ops, problem: Problem, sides: _Sides, state: _State) -> _Sys
     W = weights[:, :m] + weights[:, m:] + sides.equal / state.delta
     rho = (state.rho * state.boost)[..., None]
     P, A, identity = (batched(M) for M in (problem.P, problem.A, ops.eye(state.x.shape[-1], state.x)))
-    cholesky = ops.cholesky(P + rho * identity + A.mT @ (W[..., None] * A))
+    cholesky = ops.cholesky(sides.cost[..., None] * P + rho * identity + A.mT @ (W[..., None] * A))
     z = ops.where(sides.finite > 0, state.z, 1.0)[:, None]
     return _System(cholesky, rho, state.delta[..., None], z, weights[:, None], W[:, None])
 
@@ -307,7 +321,7 @@ def _advance(
     new = state._replace(x=x, y=y, t=t, z=z, dx=x - state.x, dy=y - state.y)
     residual = _largest(ops, _evaluate(ops, problem, sides, new))
     # Residuals of this size are rounding: less regularisation would not reduce them.
-    rounding = 50 * ops.eps(x) * (1 + sum(_size(ops, a) for a in (t, y, sides.h, problem.q)))
+    rounding = 50 * ops.eps(x) * (1 + sum(_size(ops, a) for a in (t, y, sides.h)))
     slow = (residual > ops.maximum(0.7 * _largest(ops, before), rounding)) & (length > 0.5)
     rho_floor = ops.maximum(state.rho_floor / 10, RHO_FLOORS[1] / state.unit)
     delta_floor = ops.maximum(state.delta_floor / 10, DELTA_FLOORS[1] * state.unit)

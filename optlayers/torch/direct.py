@@ -12,6 +12,7 @@ from ..layers.approximate import LPGD, Smoothed
 from ..layers.conic import ConicSolution, conic_layer
 from ..layers.direct import curved_part, solve_box, solve_cone
 from ..ops import torch as ops
+from . import sparse
 
 
 @continues(solve_box)
@@ -31,6 +32,8 @@ def solve_qp(
     warm_start: ConicSolution | None = None,
 ) -> ConicSolution:
     """
+    P and A may also be sparse; see `optlayers.layers.sparse`.
+
     Example:
         >>> import torch
         >>> from optlayers.torch import solve_qp
@@ -40,6 +43,9 @@ def solve_qp(
         >>> q.grad.round().tolist()
         [0.0, -1.0]
     """
+    if sparse.is_sparse(P) or sparse.is_sparse(A):
+        options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
+        return sparse.solve_qp(P, q, A, l, u, _point(warm_start), gradient=gradient, **options)
     layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient)
     return solve_box(ops, layer, (P, q, A, l, u), _point(warm_start), q)
 
@@ -61,6 +67,8 @@ def solve_conic(
     warm_start: ConicSolution | None = None,
 ) -> ConicSolution:
     """
+    P and A may also be sparse; see `optlayers.layers.sparse`.
+
     Example:
         >>> import torch
         >>> from optlayers.torch import Cones, solve_conic
@@ -69,6 +77,9 @@ def solve_conic(
         >>> solution.x.tolist()
         [0.0, 2.0]
     """
+    if sparse.is_sparse(P) or sparse.is_sparse(A):
+        options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
+        return sparse.solve_conic(P, q, A, b, cones, _point(warm_start), gradient=gradient, **options)
     layer = conic_layer(
         curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient
     )

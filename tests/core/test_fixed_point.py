@@ -1,10 +1,13 @@
 """Fixed-point solvers: convergence where it is due, and each sample of a batch by itself."""
 
+import importlib
+
 import numpy as np
 import pytest
 
 from checks import assert_close
-from optlayers.solvers.fixed_point import Anderson, Broyden, NewtonKrylov, Picard, Problem, gmres, run
+from optlayers.solvers.fixed_point import Anderson, Broyden, NewtonKrylov, Picard, Problem, gmres, inverse_product
+from optlayers.solvers.fixed_point import run as run_eagerly
 from optlayers.status import Status
 
 SOLVERS = [Picard(), Picard(0.7), Anderson(), Anderson(3, damping=0.5), Broyden(), NewtonKrylov()]
@@ -19,6 +22,15 @@ def array(ops, x):
     import jax
 
     return jax.numpy.asarray(x)
+
+
+def compiled(ops, function):
+    """`function()`; in JAX as one program, else every operation of every test would be compiled by itself."""
+    return function() if ops.__name__.endswith("torch") else importlib.import_module("jax").jit(function)()
+
+
+def run(ops, *args):
+    return compiled(ops, lambda: run_eagerly(ops, *args))
 
 
 def affine(ops, A, b):
@@ -66,6 +78,26 @@ def test_converges_where_picard_diverges(ops, rng, solver):
     result = run(ops, solver, affine(ops, A, b), array(ops, 0 * b), 1e-10, 60)
     assert (numpy(result.status) == SOLVED).all()
     assert_close(numpy(result.z), solve_directly(A, b), 1e-9)
+
+
+def test_broyden_fulfils_the_secant_equation(ops, rng):
+    """After a step s that changed g by y, H y = s; and the transpose is one."""
+    (A, b), solver = contraction(rng, 0.9), Broyden()
+    problem, running = affine(ops, A, b), array(ops, np.ones(3, bool))
+
+    def steps():
+        z, state, path = array(ops, 0 * b), solver.init(ops, array(ops, 0 * b)), []
+        for k in range(4):
+            new, state = solver.step(ops, problem, k, z, problem.value(z), state, running)
+            path, z = [*path, (z, problem.value(z) - z)], new
+        (z, g), (z_last, g_last) = path[-1], path[-2]
+        H = lambda x: inverse_product(ops, state.U, state.V, x)
+        transpose = inverse_product(ops, state.V, state.U, z)
+        return H(g - g_last), z - z_last, ops.sum(transpose * g, 1), ops.sum(z * H(g), 1)
+
+    actual, expected, left, right = map(numpy, compiled(ops, steps))
+    assert_close(actual, expected, 1e-12)
+    assert_close(left, right, 1e-12)
 
 
 def test_broyden_restarts(ops, rng):
@@ -121,7 +153,8 @@ def test_singular_anderson_system_takes_a_plain_step(ops, rng):
     state = state._replace(dG=array(ops, same), dZ=array(ops, same), z=array(ops, z))
     problem = affine(ops, np.zeros((2, 3, 3)), np.ones((2, 3)))
     running = array(ops, np.array([False, False]))  # nothing is added to the memory
-    new = numpy(solver.step(ops, problem, 1, array(ops, z), array(ops, 0 * z + 1), state, running)[0])
+    step = lambda: solver.step(ops, problem, 1, array(ops, z), array(ops, 0 * z + 1), state, running)[0]
+    new = numpy(compiled(ops, step))
     assert_close(new[0], np.ones(3), 1e-15)
     assert np.isfinite(new[1]).all() and np.abs(new[1] - 1).max() > 1e-3
 
@@ -147,6 +180,7 @@ def test_gmres_solves_a_skew_system(ops, rng, k):
     A = A - np.swapaxes(A, 1, 2) + (1e-2 * np.eye(k) if k % 2 else 0)
     b = rng.standard_normal((2, k))
     At = array(ops, A)
-    x = gmres(ops, lambda d: (At @ d[..., None])[..., 0], array(ops, b), k, 1e-14)
+    times = lambda d: (At @ d[..., None])[..., 0]
+    x = compiled(ops, lambda: gmres(ops, times, array(ops, b), k, 1e-14))
     expected = np.linalg.solve(A, b[..., None])[..., 0]
     assert_close(numpy(x), expected, 1e-9)

@@ -65,7 +65,6 @@ class Reference:
 
 
 def _cotangent(rng, variable):
-    """A symmetric one for a symmetric variable, as a function of the variable would have."""
     value = rng.standard_normal((BATCH, *variable.shape))
     if variable.is_complex():
         value = value + 1j * rng.standard_normal(value.shape)
@@ -145,7 +144,9 @@ def test_float32(case):
         pytest.skip("compiles for another ten seconds")
     family, reference = case.family, case.reference
     layer = case.frontend.CvxpyLayer(family.problem, family.parameters, family.variables, gp=family.gp)
-    outputs, gradients = case.frontend.differentiable(layer, "float32")(reference.values, reference.cotangents)
+    outputs, gradients = case.frontend.differentiable(layer, "float32")(
+        reference.values, reference.cotangents
+    )
     for variable, actual, expected in zip(family.variables, outputs, case.outputs, strict=False):
         assert actual.dtype in (np.float32, np.complex64)
         assert_close(actual, expected[:BATCH], 1e-3, str(variable))
@@ -176,9 +177,7 @@ def tiny_exponential():
 
 
 @pytest.mark.parametrize("build", [tiny_second_order, tiny_semidefinite, tiny_exponential])
-@pytest.mark.parametrize(
-    "framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
 def test_second_derivatives_equal_differences(build, framework):
     pytest.importorskip(framework)
     frontend = FRONTENDS[framework]()

@@ -145,7 +145,7 @@ def test_iteration_limit_of_a_library(solve):
 
 
 def test_unknown_setting_warns(solve):
-    with pytest.warns(UserWarning, match="no setting 'acceleration_lookback'"):
+    with pytest.warns(UserWarning, match="setting 'acceleration_lookback'"):
         solve(qp(), "ADMM", acceleration_lookback=5)
 
 
@@ -176,5 +176,7 @@ def test_host_solver_under_transforms(framework):
 
     mapped = frontend.transforms.vmap(gradient)
     actual = (frontend.framework.jit(mapped) if framework == "jax" else mapped)(*values)
-    _, (expected, *_) = frontend.differentiable(layer)(family.batch(np.random.default_rng(0), 3), [np.ones((3, 3))])
+    _, (expected, *_) = frontend.differentiable(layer)(
+        family.batch(np.random.default_rng(0), 3), [np.ones((3, 3))]
+    )
     assert_close(frontend.numpy(actual), expected, 1e-7)

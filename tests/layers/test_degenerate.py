@@ -1,0 +1,184 @@
+"""Where multipliers, solution or derivative are not unique: right values, finite derivatives, and told so."""
+
+from typing import NamedTuple
+
+import cvxpy as cp
+import numpy as np
+import pytest
+
+from checks import assert_close
+from frontends import FRONTENDS
+
+
+class Degenerate(NamedTuple):
+    """A problem at a degenerate point.
+
+    Attributes:
+        x: its solution; None where it is not unique.
+        jacobians: derivatives (x.size, parameter.size) of x, in each parameter; None where there is none.
+        x_unique, y_unique: what `regularity` has to say of the program's x and y.
+    """
+
+    constraints: list
+    objective: cp.Expression
+    parameters: list
+    variable: cp.Variable
+    values: list
+    x: list | None
+    jacobians: list
+    x_unique: bool = True
+    y_unique: bool = True
+
+
+def redundant_rows():
+    p, x = cp.Parameter(2), cp.Variable(2)
+    rows = [x[0] <= 1, x[0] <= 1, 2 * x[0] <= 2]
+    D = [[0, 0], [0, 1]]
+    return Degenerate(rows, cp.sum_squares(x - p), [p], x, [[2, 0.5]], [1, 0.5], [D], y_unique=False)
+
+
+def rank_deficient_equalities():
+    p, x = cp.Parameter(2), cp.Variable(2)
+    rows = [np.array([[1.0, 1.0], [2.0, 2.0]]) @ x == [1, 2]]
+    D = [[0.5, -0.5], [-0.5, 0.5]]
+    return Degenerate(rows, cp.sum_squares(x - p), [p], x, [[2, 0.5]], [1.25, -0.25], [D], y_unique=False)
+
+
+def edge_of_solutions():
+    """c is constant on the edge x1 + x2 = 1: x is not unique, nor is there a derivative."""
+    c, x = cp.Parameter(2), cp.Variable(2)
+    return Degenerate([x >= 0, cp.sum(x) == 1], c @ x, [c], x, [[1, 1]], None, [None], x_unique=False)
+
+
+def degenerate_vertex():
+    """Three rows meet in a vertex; the vertex stays where it is when the cost moves."""
+    c, x = cp.Parameter(2), cp.Variable(2)
+    rows = [x[0] <= 1, x[1] <= 1, cp.sum(x) <= 2]
+    return Degenerate(rows, c @ x, [c], x, [[-1, -1.5]], [1, 1], [np.zeros((2, 2))], y_unique=False)
+
+
+def weakly_active():
+    """The unconstrained minimum is on the boundary: only directional derivatives exist, for the first entry."""
+    p, x = cp.Parameter(2), cp.Variable(2)
+    return Degenerate([x[0] <= 1], cp.sum_squares(x - p), [p], x, [[1, 0.5]], [1, 0.5], [None])
+
+
+def apex():
+    """A norm as penalty, of a point within its threshold: the solution sticks to the apex."""
+    p, x = cp.Parameter(2), cp.Variable(2)
+    objective = cp.sum_squares(x - p) / 2 + cp.norm(x)
+    return Degenerate([], objective, [p], x, [[0.3, 0.4]], [0, 0], [np.zeros((2, 2))])
+
+
+def apex_on_the_threshold():
+    p, x = cp.Parameter(2), cp.Variable(2)
+    return Degenerate([], cp.sum_squares(x - p) / 2 + cp.norm(x), [p], x, [[0.6, 0.8]], [0, 0], [None])
+
+
+def perfect_fit():
+    """A norm that is zero at its minimum."""
+    p, x = cp.Parameter(2), cp.Variable(2)
+    return Degenerate([], cp.norm(x - p), [p], x, [[2, 0.5]], [2, 0.5], [np.eye(2)])
+
+
+def repeated_eigenvalue():
+    """The nearest positive semidefinite matrix to a matrix with a double eigenvalue."""
+    p, x = cp.Parameter(2), cp.Variable(2)
+    X = cp.Variable((2, 2), symmetric=True)
+    rows = [X >> 0, cp.diag(X) == x]
+    objective = cp.sum_squares(X - cp.diag(p))
+    return Degenerate(rows, objective, [p], x, [[-2, -2]], [0, 0], [np.zeros((2, 2))])
+
+
+def flat_objective():
+    """Only x1 + x2 is determined: the derivative is the one of least norm."""
+    p, x = cp.Parameter(), cp.Variable(2)
+    D = [[0.5], [0.5]]
+    return Degenerate([], cp.square(x[0] + x[1] - p), [p], x, [2.0], None, [D], x_unique=False)
+
+
+def inactive_norm():
+    """The auxiliary variable of a norm below its bound is not unique; that of the user is."""
+    p, x = cp.Parameter(2), cp.Variable(2)
+    return Degenerate(
+        [cp.norm(x) <= 3], cp.sum_squares(x - p), [p], x, [[1, 0.5]], [1, 0.5], [np.eye(2)], x_unique=False
+    )
+
+
+def no_rows():
+    """A parameter without entries."""
+    p, A, x = cp.Parameter(2), cp.Parameter((0, 2)), cp.Variable(2)
+    values = [[2, 0.5], np.zeros((0, 2))]
+    return Degenerate(
+        [A @ x <= 1], cp.sum_squares(x - p), [p, A], x, values, [2, 0.5], [np.eye(2), np.zeros((2, 0))]
+    )
+
+
+def empty_sum():
+    p, e, x = cp.Parameter(2), cp.Parameter(0), cp.Variable(2)
+    objective = cp.sum_squares(x - p) + cp.sum(e)
+    return Degenerate(
+        [], objective, [p, e], x, [[2, 0.5], np.zeros(0)], [2, 0.5], [np.eye(2), np.zeros((2, 0))]
+    )
+
+
+CASES = (
+    *(redundant_rows, rank_deficient_equalities, edge_of_solutions, degenerate_vertex, weakly_active),
+    *(apex, apex_on_the_threshold, perfect_fit, repeated_eigenvalue, flat_objective, inactive_norm),
+    *(no_rows, empty_sum),
+)
+
+
+# JAX takes about ten seconds to compile a problem.
+FAST_IN_JAX = (redundant_rows, edge_of_solutions)
+PRODUCT = [
+    pytest.param(
+        (build, framework),
+        id=f"{build.__name__}-{framework}",
+        marks=[pytest.mark.slow] if framework == "jax" and build not in FAST_IN_JAX else [],
+    )
+    for build in CASES
+    for framework in FRONTENDS
+]
+
+
+@pytest.mark.parametrize("case", PRODUCT)
+def test_degenerate(case):
+    """The Jacobian by one batch of as many equal problems as x has entries, each with another cotangent."""
+    build, framework = case
+    pytest.importorskip(framework)
+    frontend = FRONTENDS[framework]()
+    case = build()
+    problem = cp.Problem(cp.Minimize(case.objective), case.constraints)
+    layer = frontend.CvxpyLayer(problem, case.parameters, [case.variable])
+    size = case.variable.size
+    values = [np.stack([np.asarray(value, float)] * size) for value in case.values]
+    solution = layer.solve(*map(frontend.array, values))
+    assert frontend.numpy(solution.regularity.x).tolist() == [case.x_unique] * size
+    assert frontend.numpy(solution.regularity.y).tolist() == [case.y_unique] * size
+    (x,), gradients = frontend.differentiable(layer)(values, [np.eye(size)])
+    problem_value = _value(problem, case)
+    if case.x is None:
+        assert_close(_objective(case, x[0]), problem_value, 1e-7)
+    else:
+        assert_close(x, np.stack([np.asarray(case.x, float)] * size), 1e-8)
+    for gradient, jacobian in zip(gradients, case.jacobians, strict=True):
+        assert np.isfinite(gradient).all()
+        if jacobian is not None:
+            assert_close(gradient.reshape(size, -1), np.asarray(jacobian, float).reshape(size, -1), 1e-6)
+        else:
+            assert np.abs(gradient).max() <= 1.0 + 1e-6
+
+
+def _value(problem, case):
+    for parameter, value in zip(case.parameters, case.values, strict=True):
+        if parameter.size:
+            parameter.value = np.asarray(value, float)
+        else:
+            parameter.value = np.zeros(parameter.shape)
+    return problem.solve(solver=cp.CLARABEL)
+
+
+def _objective(case, x):
+    case.variable.value = x
+    return case.objective.value

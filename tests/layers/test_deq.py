@@ -1,0 +1,381 @@
+"""`fixed_point`: derivatives of all orders and modes, closures, containers, and what happens on failure."""
+
+import importlib
+import warnings
+
+import numpy as np
+import pytest
+
+from checks import assert_close
+from optlayers.solvers.fixed_point import Anderson, Broyden, NewtonKrylov, Picard, Problem, run
+from optlayers.status import SolveError, Status
+
+TIGHT = {"tol": 1e-13, "max_iter": 100}
+
+
+def inputs(rng, batch=2, k=3):
+    """A with norm 0.5, and x (batch, k)."""
+    A = rng.standard_normal((k, k))
+    return 0.5 * A / np.linalg.norm(A, 2), rng.standard_normal((batch, k))
+
+
+def linear(frontend, **options):
+    """z = A z + x for (A, x), with A in the closure of the cell and x as argument."""
+
+    def call(A, x):
+        return frontend.module.fixed_point(lambda z, x: z @ A.mT + x, 0 * x, x, **TIGHT | options)
+
+    return call
+
+
+def closed_form(frontend):
+    xp = frontend.xp
+
+    def call(A, x):
+        identity = frontend.array(np.eye(A.shape[-1]))
+        return xp.linalg.solve(identity - A, x.mT).mT
+
+    return call
+
+
+def tanh_cell(frontend, z, A, x):
+    return frontend.xp.tanh(z @ A.mT + x)
+
+
+def tanh_layer(frontend, **options):
+    def call(A, x):
+        cell = lambda z, x: tanh_cell(frontend, z, A, x)
+        return frontend.module.fixed_point(cell, 0 * x, x, **TIGHT | options)
+
+    return call
+
+
+def unrolled(frontend, steps=60):
+    def call(A, x):
+        z = 0 * x
+        for _ in range(steps):
+            z = tanh_cell(frontend, z, A, x)
+        return z
+
+    return call
+
+
+def jitted(frontend, function):
+    return frontend.framework.jit(function) if frontend.name == "jax" else function
+
+
+def gradients(frontend, function, values, cotangent):
+    return frontend.differentiable(lambda *v: (function(*v),))(values, [cotangent])
+
+
+def weighted(frontend, function, weights):
+    """A scalar function of (A, x) whose Hessian involves second derivatives of every output."""
+    return lambda A, x: (weights * function(A, x)).sum()
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden(), NewtonKrylov()], ids=repr)
+def test_gradient_of_a_linear_map(frontend, rng, solver):
+    values, cotangent = inputs(rng), rng.standard_normal((2, 3))
+    (z,), actual = gradients(frontend, linear(frontend, solver=solver), values, cotangent)
+    (expected_z,), expected = gradients(frontend, closed_form(frontend), values, cotangent)
+    assert_close(z, expected_z, 1e-11)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-10)
+
+
+def test_forward_mode_of_a_linear_map(frontend, rng):
+    values = [frontend.array(v) for v in inputs(rng)]
+    for i in (0, 1):
+        actual, expected = (
+            jitted(frontend, frontend.transforms.jacfwd(layer, i))(*values)
+            for layer in (linear(frontend), closed_form(frontend))
+        )
+        assert_close(frontend.numpy(actual), frontend.numpy(expected), 1e-10)
+
+
+@pytest.mark.parametrize("outer", ["jacfwd", "jacrev"])
+@pytest.mark.parametrize("inner", ["jacfwd", "jacrev"])
+@pytest.mark.parametrize("make, reference", [(linear, closed_form), (tanh_layer, unrolled)])
+def test_second_derivatives(frontend, rng, outer, inner, make, reference):
+    values = [frontend.array(v) for v in inputs(rng)]
+    weights = frontend.array(rng.standard_normal((2, 3)))
+
+    def second(function):
+        transforms, scalar = frontend.transforms, weighted(frontend, function, weights)
+        twice = getattr(transforms, outer)(getattr(transforms, inner)(scalar, (0, 1)), (0, 1))
+        return [frontend.numpy(block) for row in jitted(frontend, twice)(*values) for block in row]
+
+    for a, e in zip(second(make(frontend, order=2)), second(reference(frontend)), strict=True):
+        assert_close(a, e, 1e-10)
+
+
+def test_gradient_of_a_tanh_cell_equals_that_of_unrolling(frontend, rng):
+    values, cotangent = inputs(rng), rng.standard_normal((2, 3))
+    (z,), actual = gradients(frontend, tanh_layer(frontend), values, cotangent)
+    (expected_z,), expected = gradients(frontend, unrolled(frontend), values, cotangent)
+    assert_close(z, expected_z, 1e-12)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-11)
+
+
+def test_derivatives_equal_differences(frontend, rng):
+    frontend.check_derivatives(tanh_layer(frontend, order=2, solver=Picard()), inputs(rng), order=2)
+
+
+def test_vmap_equals_batch(frontend, rng):
+    (A, x), layer, transforms = inputs(rng, batch=6), tanh_layer(frontend), frontend.transforms
+    A, x = frontend.array(A), frontend.array(x)
+    mapped = lambda A, x: transforms.vmap(layer, (None, 0))(A, x.reshape(3, 2, 3)).reshape(6, 3)
+    assert_close(frontend.numpy(jitted(frontend, mapped)(A, x)), frontend.numpy(layer(A, x)), 1e-12)
+    loss = lambda f: lambda A, x: (f(A, x) ** 2).sum()
+    actual, expected = (
+        jitted(frontend, transforms.grad(loss(f), (0, 1)))(A, x) for f in (mapped, unrolled(frontend))
+    )
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(frontend.numpy(a), frontend.numpy(e), 1e-11)
+
+
+def test_first_order_layer_refuses_second_derivatives(frontend, rng):
+    A, x = (frontend.array(v) for v in inputs(rng))
+    loss = lambda x: linear(frontend)(A, x).sum()
+    with pytest.raises(NotImplementedError, match="order=2"):
+        frontend.transforms.jacfwd(frontend.transforms.jacrev(loss))(x)
+
+
+def test_nested_containers(frontend, rng):
+    """A state of two arrays of several axes equals the same state as one matrix."""
+    A, x = inputs(rng, k=7)
+    cotangent = rng.standard_normal((2, 7))
+
+    def split(A, x):
+        def cell(state, x):
+            z = frontend.xp.concatenate([state["a"].reshape(2, 4), state["b"][0]], 1)
+            z = tanh_cell(frontend, z, A, x)
+            return {"a": z[:, :4].reshape(2, 2, 2), "b": (z[:, 4:],)}
+
+        start = {"a": 0 * x[:, :4].reshape(2, 2, 2), "b": (0 * x[:, 4:],)}
+        z = frontend.module.fixed_point(cell, start, x, **TIGHT)
+        return frontend.xp.concatenate([z["a"].reshape(2, 4), z["b"][0]], 1)
+
+    actual = gradients(frontend, split, (A, x), cotangent)
+    expected = gradients(frontend, tanh_layer(frontend), (A, x), cotangent)
+    for a, e in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
+        assert_close(a, e, 1e-12)
+
+
+# Adjoints that are approximations equal what they approximate
+
+
+def series(frontend, terms):
+    """z0 + (I + A + ... ) (A z0 + x - z0) with the solution z0 as a constant."""
+
+    def call(A, x):
+        z = frontend.module.fixed_point(lambda z: z @ A.mT + x, 0 * x, **TIGHT)
+        z = z.detach() if frontend.name == "torch" else frontend.framework.lax.stop_gradient(z)
+        constant = A.detach() if frontend.name == "torch" else frontend.framework.lax.stop_gradient(A)
+        step = z @ A.mT + x
+        total, term = step, step - z
+        for _ in range(terms - 1):
+            term = term @ constant.mT
+            total = total + term
+        return total
+
+    return call
+
+
+@pytest.mark.parametrize("name, options, terms", [("Neumann", {"terms": 4}, 4), ("OneStep", {}, 1)])
+def test_truncated_series(frontend, rng, name, options, terms):
+    values, cotangent = inputs(rng), rng.standard_normal((2, 3))
+    layer = linear(frontend, adjoint=getattr(frontend.module, name)(**options))
+    _, actual = gradients(frontend, layer, values, cotangent)
+    _, expected = gradients(frontend, series(frontend, terms), values, cotangent)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-11)
+
+
+def test_phantom_is_the_derivative_of_damped_steps(frontend, rng):
+    values, cotangent = inputs(rng), rng.standard_normal((2, 3))
+
+    def damped(A, x):
+        z = linear(frontend)(A, x)
+        z = z.detach() if frontend.name == "torch" else frontend.framework.lax.stop_gradient(z)
+        for _ in range(3):
+            z = 0.4 * z + 0.6 * (z @ A.mT + x)
+        return z
+
+    layer = linear(frontend, adjoint=frontend.module.Phantom(3, 0.6))
+    _, actual = gradients(frontend, layer, values, cotangent)
+    _, expected = gradients(frontend, damped, values, cotangent)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-11)
+
+
+def test_shine_uses_the_matrix_of_broyden(frontend, rng):
+    """For f = A z + x the gradient in x is that matrix, transposed, times the cotangent."""
+    (A, x), cotangent = inputs(rng), rng.standard_normal((2, 3))
+    layer = linear(frontend, solver=Broyden(), adjoint=frontend.module.Shine())
+    _, (_, actual) = gradients(frontend, layer, (A, x), cotangent)
+    ops = importlib.import_module(f"optlayers.ops.{frontend.name}")
+    A, x = frontend.array(A), frontend.array(x)
+    state = run(ops, Broyden(), Problem(lambda z: z @ A.mT + x, None), 0 * x, 1e-13, 100).state
+    U, V = frontend.numpy(state.U), frontend.numpy(state.V)
+    H = -np.eye(3) + np.swapaxes(U, 1, 2) @ V
+    assert np.abs(H + np.eye(3)).max() > 0.1
+    assert_close(actual, -np.einsum("bij,bi->bj", H, cotangent), 1e-11)
+
+
+def test_shine_needs_broyden(frontend, rng):
+    A, x = (frontend.array(v) for v in inputs(rng))
+    with pytest.raises(ValueError, match="Broyden"):
+        linear(frontend, adjoint=frontend.module.Shine())(A, x)
+
+
+# Failure
+
+
+def one_diverging(frontend, on_failure):
+    """Three samples, z = a z + 1, of which the middle one diverges."""
+
+    def call(a):
+        return frontend.module.fixed_point(
+            lambda z: a * z + 1, 0 * a, solver=Picard(), on_failure=on_failure, tol=1e-12, return_info=True
+        )
+
+    return call
+
+
+SLOPES = np.array([[0.1], [-3.0], [0.2]])
+USABLE = [0, 2]
+
+
+def test_failed_sample_is_named(frontend):
+    with pytest.raises(SolveError, match=r"1 of 3 problems.*\n.*batch index \(1,\).*iteration limit"):
+        one_diverging(frontend, "raise")(frontend.array(SLOPES))
+
+
+@pytest.mark.parametrize("policy", ["nan", "mask"])
+def test_failed_sample_leaves_the_others_alone(frontend, policy):
+    layer = one_diverging(frontend, policy)
+    _, info = layer(frontend.array(SLOPES))
+    assert frontend.numpy(info.status).tolist() == [
+        Status.SOLVED.code,
+        Status.ITERATION_LIMIT.code,
+        Status.SOLVED.code,
+    ]
+    (z,), (slope_bar,) = gradients(frontend, lambda a: layer(a)[0], [SLOPES], np.ones((3, 1)))
+    assert_close(z[USABLE], 1 / (1 - SLOPES[USABLE]), 1e-11)
+    assert_close(slope_bar[USABLE], 1 / (1 - SLOPES[USABLE]) ** 2, 1e-10)
+    assert slope_bar[1] == 0
+    assert np.isnan(z[1]) if policy == "nan" else np.isfinite(z[1])
+
+
+def test_unsolved_adjoint_is_not_silent(frontend, rng):
+    values = inputs(rng)
+    layer = linear(frontend, adjoint=frontend.module.Exact(Picard(), max_iter=2))
+    if frontend.name == "torch":
+        with pytest.warns(UserWarning, match="linear equations of the derivative"):
+            gradients(frontend, layer, values, np.ones((2, 3)))
+    else:
+        _, (_, x_bar) = gradients(frontend, layer, values, np.ones((2, 3)))
+        assert np.isnan(x_bar).all()
+
+
+def test_wrong_shapes_are_named(frontend):
+    fixed_point, z = frontend.module.fixed_point, frontend.array(np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"shapes and dtype of z.*\(2, 3\).*\(2, 2\)"):
+        fixed_point(lambda z: z[:, :2], z)
+    with pytest.raises(ValueError, match="one batch axis"):
+        fixed_point(lambda z: z, {"a": z, "b": z[:1]})
+
+
+def test_single_precision(frontend, rng):
+    A, x = (frontend.array(v, "float32") for v in inputs(rng))
+    z = frontend.module.fixed_point(lambda z: tanh_cell(frontend, z, A, x), 0 * x)
+    assert frontend.dtype(z) == "float32"
+    assert_close(frontend.numpy(z), frontend.numpy(unrolled(frontend)(A, x)), 1e-5)
+
+
+# torch only
+
+
+def test_gradient_reaches_parameters_of_a_module(rng):
+    torch = pytest.importorskip("torch")
+    from optlayers.torch import fixed_point
+
+    torch.manual_seed(0)
+    cell = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()).double()
+    x = torch.tensor(rng.standard_normal((2, 3)), requires_grad=True)
+    wanted = [*cell.parameters(), x]
+    z = fixed_point(lambda z, x: 0.7 * cell(z + x), 0 * x, x, tol=1e-13)
+    actual = torch.autograd.grad(z.square().sum(), wanted)
+    z = 0 * x
+    for _ in range(80):
+        z = 0.7 * cell(z + x)
+    for a, e in zip(actual, torch.autograd.grad(z.square().sum(), wanted), strict=True):
+        assert_close(a, e, 1e-10)
+
+
+def test_second_derivatives_by_plain_autograd(rng):
+    torch = pytest.importorskip("torch")
+    from optlayers.torch import fixed_point
+
+    A, x = (torch.tensor(v, requires_grad=True) for v in inputs(rng))
+    layer = lambda A, x: fixed_point(lambda z: torch.tanh(z @ A.mT + x), 0 * x, order=2, **TIGHT)
+    options = {"check_fwd_over_rev": True, "check_rev_over_rev": True}
+    assert torch.autograd.gradcheck(layer, (A, x), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(layer, (A, x), fast_mode=True, **options)
+
+
+def test_functional_call_with_all_samples_mapped(rng):
+    """Per-sample gradients of module parameters, the parameters wrapped by two transformations at once."""
+    torch = pytest.importorskip("torch")
+    from optlayers.torch import fixed_point
+
+    torch.manual_seed(0)
+    cell = torch.nn.Linear(3, 3).double()
+    parameters = dict(cell.named_parameters())
+    x = torch.tensor(rng.standard_normal((4, 1, 3)))
+
+    def loss(solve):
+        def call(parameters, x):
+            f = lambda z: torch.tanh(0.5 * torch.func.functional_call(cell, parameters, (z,)) + x)
+            return solve(f, 0 * x).square().sum()
+
+        return call
+
+    def iterate(f, z):
+        for _ in range(80):
+            z = f(z)
+        return z
+
+    per_sample = lambda solve: torch.func.vmap(torch.func.grad(loss(solve)), (None, 0))(parameters, x)
+    actual, expected = per_sample(lambda f, z: fixed_point(f, z, tol=1e-13)), per_sample(iterate)
+    for name in parameters:
+        assert_close(actual[name].detach(), expected[name].detach(), 1e-11)
+
+
+def test_memory_does_not_grow_with_iterations(rng):
+    """The tensors that autograd keeps are the same after 5 and after 200 iterations."""
+    torch = pytest.importorskip("torch")
+    from optlayers.torch import fixed_point
+
+    A, x = (torch.tensor(v, requires_grad=True) for v in inputs(rng))
+    counts = []
+    for steps in (5, 200):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # noqa: B023
+            fixed_point(
+                lambda z: torch.tanh(z @ A.mT + x), 0 * x, max_iter=steps, tol=1e-16, on_failure="ignore"
+            )
+        counts.append(len(kept))
+    assert counts[0] == counts[1] < 30
+
+
+def test_no_warning_where_all_converges(rng):
+    torch = pytest.importorskip("torch")
+    from optlayers.torch import fixed_point
+
+    A, x = (torch.tensor(v, requires_grad=True) for v in inputs(rng))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fixed_point(lambda z: torch.tanh(z @ A.mT + x), 0 * x).sum().backward()
