@@ -118,8 +118,8 @@ def main():
         "",
         f"Written by `benchmarks/accuracy.py --framework {options.framework}` on "
         f"{datetime.date.today()}, with {versions}; {BATCH} problems a family, the worst of them.",
-        "KKT: violation of the optimality conditions. Solution: difference from Clarabel. Gradient: difference",
-        "from central differences. float32: differences from double precision. All relative.",
+        "KKT: violation of the optimality conditions. Solution: difference from Clarabel. Gradient:",
+        "difference from central differences. float32: differences from double precision. All relative.",
         "",
         *("| " + " | ".join(row) + " |" for row in (HEADER, ["---"] * len(HEADER), *rows)),
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -45,6 +47,15 @@ class SolveError(RuntimeError):
     def __init__(self, status: np.ndarray, residual: np.ndarray):
         super().__init__(_report(status, residual))
         self.status, self.residual = status, residual
+
+
+@contextmanager
+def batch_axes(lead: tuple[int, ...]) -> Iterator[None]:
+    """Within it a SolveError for a flat batch names problems by the batch axes `lead`."""
+    try:
+        yield
+    except SolveError as error:
+        raise SolveError(error.status.reshape(lead), error.residual.reshape(lead)) from None
 
 
 def _report(status: np.ndarray, residual: np.ndarray, shown: int = 5) -> str:

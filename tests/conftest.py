@@ -36,6 +36,17 @@ def has_gpu():
     return on_torch or (jax is not None and jax.default_backend() == "gpu")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow_in_jax: becomes slow in JAX, which compiles it anew")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow_in_jax") and item.callspec.params["frontend"] == "jax":
+            item.add_marker("slow")
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not has_gpu():
         pytest.skip("needs a GPU")

@@ -81,7 +81,7 @@ class Jax:
     def differentiable(self, function, dtype="float64"):
         """As of `Torch`; compiled once for each combination of shapes.
 
-        JAX's gradients with respect to complex numbers are the conjugates of torch's, and so are its cotangents.
+        JAX's gradients of complex numbers are the conjugates of torch's, and so are its cotangents.
         """
 
         def traced(values, cotangents):

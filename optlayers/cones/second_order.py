@@ -51,7 +51,8 @@ class SecondOrder:
         direction, eigenvalues = lin
         direction = direction[..., None]
         batch, count, _ = eigenvalues.shape
-        values = ops.reshape(g(ops.reshape(eigenvalues, (batch, 3 * count))), (-1, count, 3, 1))
+        values = g(ops.reshape(eigenvalues, (batch, count * 3)))
+        values = ops.reshape(values, (values.shape[0], count, 3, 1))
         plus, minus, rest = values[:, :, :1], values[:, :, 1:2], values[:, :, 2:]
         t, w = u[:, :, :1], u[:, :, 1:]
         along = direction.mT @ w

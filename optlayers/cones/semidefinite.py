@@ -50,13 +50,13 @@ class Semidefinite:
         U, lam = lin
         n, (_, count, _, k) = self.order, u.shape
         derivative, _ = self._weights(ops, lam)
-        weights = g(ops.reshape(derivative, (derivative.shape[0], -1)))
-        weights = ops.reshape(weights, (-1, count, n, n, 1))
+        weights = g(ops.reshape(derivative, (derivative.shape[0], count * n * n)))
+        weights = ops.reshape(weights, (weights.shape[0], count, n, n, 1))
 
         def rotate(U, M):
             """U M U' for matrices M (B, c, n, n, k), with products that take all k at once."""
             M = U @ ops.reshape(M, (M.shape[0], count, n, n * k))
-            return U[:, :, None] @ ops.reshape(M, (-1, count, n, n, k))
+            return U[:, :, None] @ ops.reshape(M, (M.shape[0], count, n, n, k))
 
         product = weights * rotate(U.mT, self._mat(ops, u))
         return self._svec(ops, product if rotated else rotate(U, product))

@@ -33,7 +33,7 @@ def fixed_point(
         >>> root = lambda x: fixed_point(lambda z, x: jnp.cos(z) * x, jnp.zeros((1, 1)), x).sum()
         >>> z, x_bar = jax.value_and_grad(root)(jnp.array([[0.5]]))
         >>> round(z.item(), 4), round(x_bar.item(), 4)
-        (0.4502, 0.7396)
+        (0.4502, 0.7395)
     """
     z, info = FixedPoint(solver, adjoint, tol, max_iter, order, on_failure)(ops, f, z0, *args)
     return (z, info) if return_info else z

@@ -93,7 +93,7 @@ class ConicSolve:
             point = x / scaling.D, s * scaling.E - y * scaling.c / scaling.E
             point = tuple(ops.where(ops.isfinite(z), z, 0.0) for z in point)
         else:
-            point = 0 * q, 0 * b
+            point = 0 * problem.q, 0 * problem.b
         progress = start(ops, self.cones, problem, scaling, *point)
         progress = progress._replace(status=ops.where(finite, progress.status, Status.NON_FINITE.code))
         for solver in self.solvers:
@@ -188,11 +188,11 @@ class ConicLayer:
 
 
 def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[Array]) -> ConicSolution:
-    P, q, A, b, l, u = data
-    cones, n, order = layer.solve.cones, q.shape[-1], layer.order
+    cones, n, order = layer.solve.cones, data.q.shape[-1], layer.order
     x, v, D, E, c, cholesky, e, error, status, iterations, x_unique, y_unique, *flat = ops.leaf(
         layer.solve, (*data, *warm)
     )
+    P, q, A, b, l, u = _without(ops, status == Status.NON_FINITE.code, data)
     factor = Factor(cholesky, unflatten(cones, flat), e)
     usable = is_usable(status)[:, None]
     regularity = Regularity(x_unique > 0, y_unique > 0)
@@ -222,6 +222,21 @@ def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[A
 
 
 GRADIENTS = {"exact": None, "smoothed": Smoothed(), "lpgd": LPGD()}
+
+
+def _without(ops: Ops, bad: Array, data: Problem) -> Problem:
+    """The data with zeros for the `bad` problems (B,), whose NaN would reach shared parameters as 0 * NaN."""
+
+    def clean(data):
+        parts = []
+        for z, own in zip(data, (2, 1, 2, 1, 1, 1), strict=True):
+            keep = z == z if own == 1 and z.shape[-1] == data[4].shape[-1] else ops.isfinite(z)
+            if z.ndim > own:
+                keep = ~ops.reshape(bad, (-1,) + (1,) * own)
+            parts.append(ops.where(keep, z, 0.0))
+        return tuple(parts)
+
+    return Problem(*ops.cond_or_both(ops.any(bad), clean, tuple, tuple(data)))
 
 
 def conic_layer(

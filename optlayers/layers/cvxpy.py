@@ -17,6 +17,7 @@ from ..canon.program import AffineMap, Output, Program
 from ..linalg.kkt import Problem
 from ..linalg.sensitivity import Regularity
 from ..ops import Array, Ops
+from ..status import batch_axes
 from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restore_array, restore_batch
 from .direct import curved_part, polyhedral_bounds
 
@@ -231,7 +232,8 @@ class CvxpyProgram:
             flat.append(ops.widest(ops.reshape(value, (*value.shape[: value.ndim - own.ndim], own.size))))
         data = evaluate(ops, self.program, flat, ops.widest(like))
         warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
-        solution = layer(ops, data, *warm)
+        with batch_axes(lead):
+            solution = layer(ops, data, *warm)
         variables = (read(ops, output, solution) for output in self.program.outputs)
         variables = tuple(restore_array(ops, x, lead, like) for x in variables)
         return Solution(variables, *restore_batch(ops, solution, lead, like))

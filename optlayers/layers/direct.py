@@ -13,6 +13,7 @@ import numpy as np
 from ..cones import Cones
 from ..linalg.kkt import Problem
 from ..ops import Array, Ops
+from ..status import batch_axes
 from .conic import ConicLayer, ConicSolution, flatten_batch, restore_batch
 
 INFINITE = 1e20
@@ -53,7 +54,8 @@ def solve_box(
     zero = ops.full((A.shape[-2],), 0.0, q)
     warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
     warm = [-z if i == 1 else z for i, z in enumerate(warm)]
-    solution = layer(ops, Problem(P, q, A, zero, lower, upper), *warm)
+    with batch_axes(lead):
+        solution = layer(ops, Problem(P, q, A, zero, lower, upper), *warm)
     return restore_batch(ops, solution._replace(s=-solution.s), lead, like)
 
 
@@ -85,7 +87,8 @@ def solve_cone(
         raise ValueError(f"the cones have {cones.rows} rows, but A and b have {b.shape[-1]}: {cones}")
     lower, upper = (ops.constant(bound, q) for bound in polyhedral_bounds(cones))
     warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
-    solution = layer(ops, Problem(P, q, A, b, lower, upper), *warm)
+    with batch_axes(lead):
+        solution = layer(ops, Problem(P, q, A, b, lower, upper), *warm)
     return restore_batch(ops, solution, lead, like)
 
 

@@ -73,8 +73,8 @@ class Exact:
     """The derivative of the implicit function theorem: w = r + A w is solved to `tol` (Bai et al. 2019).
 
     Memory does not grow with the number of iterations. Where the solve does not converge, a warning says so;
-    in JAX, which cannot warn while it differentiates, derivatives of a sample whose residual exceeds sqrt(tol)
-    are NaN.
+    in JAX, which cannot warn while it differentiates, derivatives are NaN for samples whose residual exceeds
+    sqrt(tol).
 
     Args:
         solver: for w; None takes the solver of the fixed point.

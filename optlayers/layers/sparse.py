@@ -19,8 +19,8 @@ from ..implicit import attach
 from ..linalg.rows import project_linearized, unflatten
 from ..linalg.sensitivity import Regularity
 from ..ops import Array, Ops
-from ..solvers.choice import choose, configure
-from ..solvers.host import Clarabel, Host
+from ..solvers.choice import choose
+from ..solvers.host import OSQP, Clarabel, Host
 from ..solvers.sparse import SparseSolve
 from ..status import is_usable
 from .conic import FAILURE_POLICIES, ConicSolution, flatten_batch, restore_batch
@@ -63,7 +63,13 @@ class SparseLayer:
             raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {self.on_failure!r}")
 
     def __call__(
-        self, ops: Ops, host: HostCalls, P: Entries, A: Entries, vectors: Sequence[Array], warm: Sequence[Array]
+        self,
+        ops: Ops,
+        host: HostCalls,
+        P: Entries,
+        A: Entries,
+        vectors: Sequence[Array],
+        warm: Sequence[Array],
     ) -> ConicSolution:
         """The solution, batched, for q, b, l, u and an earlier (x, s, y), each with one batch axis."""
         solution = _differentiable(ops, host, self, P, A, vectors, warm)
@@ -86,17 +92,17 @@ def _differentiable(
     solve, (q, b, l, u) = layer.solve, vectors
     (m, n), cones = (solve.m, solve.n), solve.cones
     batch = max(z.shape[0] for z in (*vectors, *warm))
-    x, v, error, iterations, *system = host.call(solve.solve, solve.output_shapes(batch), *P, *A, *vectors, *warm)
+    shapes, inputs = solve.output_shapes(batch), (*P, *A, *vectors, *warm)
+    x, v, error, iterations, *system = host.call(solve.solve, shapes, *inputs)
     x_unique, y_unique, status, *flat = system
     linearization, status = unflatten(cones, flat), ops.to_int(status)
     usable = is_usable(status)[:, None]
     A0 = A._replace(values=ops.stop_gradient(A.values))
 
     def inverse(r):
-        r1, r2 = r[:, :n], r[:, n:]
         d = host.apply_symmetric(solve.invert, r, *P, *A, *system)
         dx, dy = d[:, :n], d[:, n:]
-        ds = r2 - _multiply(ops, A0, dx, m)
+        ds = r[:, n:] - _multiply(ops, A0, dx, m)
         return ops.concat([dx, ds - dy], -1)
 
     def split(z):
@@ -147,8 +153,8 @@ def sparse_layer(
     for name, matrix, shape in (("P", P, (n, n)), ("A", A, (m, n))):
         if matrix is not None and tuple(matrix.shape) != shape:
             raise ValueError(
-                f"a sparse {name} must have shape {shape if matrix is P else ('m', n)}, got {tuple(matrix.shape)}; "
-                "a batch shares sparse matrices, only vectors may have batch axes"
+                f"{name} must have shape {shape if name == 'P' else ('m', n)} where P or A is sparse, "
+                f"got {tuple(matrix.shape)}; a batch shares them, only vectors may have batch axes"
             )
     if gradient != "exact":
         raise ValueError(f"sparse problems have gradient='exact' only, got {gradient!r}; use dense matrices")
@@ -156,8 +162,9 @@ def sparse_layer(
     hosts = tuple(solver for solver in solvers if isinstance(solver, Host))
     if hosts != solvers:
         raise ValueError(f"sparse problems are solved by Clarabel, OSQP or SCS, got solver={solver!r}")
-    solvers, eps = configure(hosts, {"eps": eps})
-    return SparseLayer(SparseSolve(m, n, cones, solvers, eps, check), order, on_failure)  # type: ignore[arg-type]
+    if any(isinstance(solver, OSQP) for solver in hosts) and cones.rows:
+        raise ValueError("OSQP solves problems with linear constraints only; use Clarabel or SCS")
+    return SparseLayer(SparseSolve(m, n, cones, hosts, float(eps), check), order, on_failure)
 
 
 def solve_sparse_box(

@@ -31,14 +31,16 @@ class Regularity(NamedTuple):
 
 def prepare(ops: Ops, cones: Cones, problem: Problem, v: Array, factor: Factor) -> tuple[Factor, Regularity]:
     """A factor at v fit for `solve_sensitivity`, made anew only where `factor` is not, and the regularity."""
-    errors = _probe(ops, cones, problem, factor)
-    x_unique, y_unique = (error < 1e-3 for error in errors)
     e = ops.full((v.shape[0], 1), ops.eps(v) ** SINGULAR_REGULARIZATION, v)
-    # A Newton step from far out may have left more regularisation than is good for a derivative.
-    replaced = ~(x_unique & y_unique & (factor.e[:, 0] <= e[:, 0]))
-    refactor = lambda old: select(ops, replaced, factorize(ops, cones, problem, v, e), old)
-    factor = ops.cond(ops.any(replaced), refactor, lambda old: old, factor)
-    return factor, Regularity(x_unique, y_unique)
+
+    def mend(lanes, e, factor):
+        refactor = lambda old: select(ops, lanes, factorize(ops, cones, problem, v, e), old)
+        return ops.cond(ops.any(lanes), refactor, lambda old: old, factor)
+
+    # A Newton step from far out leaves more regularisation than is good for a derivative.
+    factor = mend(~(factor.e <= e)[:, 0], 0 * e + ops.eps(v) ** 0.5, factor)
+    x_unique, y_unique = (error < 1e-3 for error in _probe(ops, cones, problem, factor))
+    return mend(~(x_unique & y_unique), e, factor), Regularity(x_unique, y_unique)
 
 
 def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[Array, Array]:

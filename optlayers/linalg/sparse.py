@@ -28,6 +28,7 @@ from ..ops import numpy as host
 from .rows import Linearization
 from .sensitivity import SINGULAR_REGULARIZATION
 
+HOST: Any = host  # the part of `Ops` that is needed
 REGULARIZATION = np.finfo(float).eps ** 0.5
 _SCALING_PASSES = 5
 _NEARLY_ONE = 1 - 1e-13
@@ -88,7 +89,7 @@ def _cone_blocks(cones: Cones, linearization: Linearization) -> np.ndarray:
     # Every cone gets an identity of its own: one product gives all blocks.
     identities = np.zeros((1, columns.size, max(sizes)))
     identities[0, np.arange(columns.size), columns] = 1.0
-    return cone_spectral(host, cones, linearization.cones, lambda d: d, identities, columns=True)[0]  # type: ignore[arg-type]
+    return cone_spectral(HOST, cones, linearization.cones, lambda d: d, identities, columns=True)[0]
 
 
 class SparseFactor:
@@ -148,7 +149,9 @@ class SparseFactor:
         return self.inverse(self.K @ self.inverse(r))
 
 
-def derivative_factor(cones: Cones, P: Any, A: Any, linearization: Linearization, singular: bool):
+def derivative_factor(
+    cones: Cones, P: Any, A: Any, linearization: Linearization, singular: bool
+) -> SparseFactor:
     """The factor that a derivative uses."""
     e = np.finfo(float).eps ** SINGULAR_REGULARIZATION if singular else REGULARIZATION
     return SparseFactor(cones, P, A, linearization, e, singular)

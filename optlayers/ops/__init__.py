@@ -182,7 +182,7 @@ class MatrixFreeOps(Ops, Protocol):
         ...
 
     def any_mapped(self, mask: Array) -> Array:
-        """Whether any entry holds, as a condition of `while_loop` under vectorising maps: in any mapped call."""
+        """Whether any entry holds, under a vectorising map in any of its calls: for `while_loop`."""
         ...
 
     def frozen(self, function: Callable[[Array], Array], x: Array) -> Callable[[Array], Array]:
@@ -190,7 +190,7 @@ class MatrixFreeOps(Ops, Protocol):
         ...
 
     def tangent_map(self, function: Callable[[Array], Array], x: Array) -> Callable[[Array], Array]:
-        """The map dx to (d function / dx at the detached x) dx; the function is frozen, as is the map in torch."""
+        """The map dx to (d function / dx at the detached x) dx; the function is frozen, in torch the map too."""
         ...
 
     def solve_increment(

@@ -179,7 +179,7 @@ def stop_gradient(x):
 
 
 def _outside(function, *arrays):
-    """`function` of the arrays outside torch.func's transformations, with the axes that its vmap has hidden."""
+    """`function` of the arrays outside torch.func's transformations, with the axes that vmap has hidden."""
     plain = []
     for x in arrays:
         while torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -220,11 +220,13 @@ def jacobian(function, x):
     size = math.prod(x.shape[1:])
     basis = torch.eye(size, dtype=x.dtype, device=x.device)
 
-    def column(e):
-        direction = e.reshape(x.shape[1:]).expand(x.shape)
-        return torch.func.jvp(function, (x,), (direction,))[1].reshape(x.shape[0], size)
+    # By reverse mode: torch nests no forward mode in another, and the layer may be inside one.
+    pullback = torch.func.vjp(function, x)[1]
 
-    return torch.func.vmap(column, out_dims=-1)(basis)
+    def row(e):
+        return pullback(e.reshape(x.shape[1:]).expand(x.shape))[0].reshape(x.shape[0], size)
+
+    return torch.func.vmap(row, out_dims=-2)(basis)
 
 
 def tree_flatten(tree):
@@ -256,8 +258,8 @@ def tangent_map(function, x):
 
 
 # Linear solves that are differentiated by further solves. Plain autograd differentiates the function where it
-# is used; torch.func cannot, as its levels differ between a layer's call and its rules: there all tensors that
-# the function uses travel with the rule as inputs of their own.
+# is used; torch.func cannot, as its levels differ between a layer's call and its rules: there all tensors
+# that the function uses travel with the rule as inputs of their own.
 
 
 def _is_transformed() -> bool:

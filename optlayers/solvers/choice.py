@@ -63,7 +63,8 @@ def configure(solvers: tuple[Solver, ...], settings: Mapping[str, Any]) -> tuple
             eps = float(value)
             continue
         known = [key in {field.name for field in fields(solver)} for solver in solvers]
-        hosts = [isinstance(solver, Host) and key not in ALIASES.values() for solver in solvers]
+        # The rescue behind other solvers takes no options: a misspelt name would go to it unnoticed.
+        hosts = [isinstance(s, Host) and len(solvers) == 1 and key not in ALIASES.values() for s in solvers]
         if not any(known) and not any(hosts):
             warnings.warn(f"solver_args: no solver here has a setting {name!r}; it is ignored", stacklevel=5)
         solvers = tuple(

@@ -9,7 +9,7 @@ and `run` owns the only loop. Writing g(z) = f(z) - z, a step is z - H g(z) with
 
     Picard         H = -I
     Anderson       H from least squares over the last steps        Walker and Ni (2011)
-    Broyden        H from rank-one updates                         Broyden (1965); Bai, Kolter and Koltun (2019)
+    Broyden        H from rank-one updates                         Broyden (1965); Bai et al. (2019)
     NewtonKrylov   H g by GMRES with products f'(z) dz             Knoll and Keyes (2004)
 
 States are (B, m, k) for a memory of m steps. Nothing here is differentiated.
@@ -75,7 +75,7 @@ class Solution(NamedTuple):
 def run(
     ops: MatrixFreeOps, solver: FixedPointSolver, problem: Problem, z: Array, tol: float, max_iter: int
 ) -> Solution:
-    """Iterate from `z` until each sample's residual is at most `tol`, or is not finite, or `max_iter` is spent.
+    """Iterate from `z` until each residual is at most `tol`, or is not finite, or `max_iter` is spent.
 
     A finished sample is frozen: it keeps its value however long the others take.
     """

@@ -151,7 +151,7 @@ class InteriorPoint:
         """
         system = _factorize(ops, problem, sides, start)
         residuals = _Residuals(sides.cost * problem.q, -sides.h * sides.finite, -sides.e * sides.equal)
-        step = self._solve(ops, problem, sides, system, residuals, 0 * sides.h[:, None])
+        step = self._solve(ops, problem, sides, system, residuals, 0 * sides.h[:, None], self.linear_steps)
         x = step.dx[:, 0]
         Ax = matvec(problem.A, x)
         t = (sides.h - ops.concat([Ax, -Ax], -1)) * sides.finite
@@ -176,7 +176,7 @@ class InteriorPoint:
         system = _factorize(ops, problem, sides, state)
         mu = ops.sum(t * z, -1, keepdims=True) / count
         some_mu = ops.where(mu > 0, mu, 1.0)
-        affine = self._solve(ops, problem, sides, system, residuals, -t * z)
+        affine = self._solve(ops, problem, sides, system, residuals, -t * z, self.linear_steps - 1)
         length = _longest(ops, state, affine, 1.0)
         mu_affine = ops.sum((t + length * affine.dt) * (z + length * affine.dz), -1, keepdims=True) / count
         sigma = ops.minimum(mu_affine / some_mu, 1.0) ** 3
@@ -185,7 +185,7 @@ class InteriorPoint:
         second_order = affine.dt * affine.dz
         goals = [target - second_order, ops.maximum(target, 0.3 * mu) + 0 * second_order]
         rhs = finite * (ops.concat(goals, 1) - t * z)
-        steps = self._solve(ops, problem, sides, system, residuals, rhs)
+        steps = self._solve(ops, problem, sides, system, residuals, rhs, self.linear_steps)
         tau = ops.where(mu < 0.1, ops.minimum(ops.maximum(1 - mu, 0.99), 1 - 1e-6), 0.95)
         lengths = _longest(ops, state, steps, tau)[..., 0]
         first = (lengths[:, 0] >= 0.3) | (lengths[:, 0] >= lengths[:, 1])
@@ -194,7 +194,7 @@ class InteriorPoint:
         return _advance(ops, problem, sides, state, residuals, step, length)
 
     def _solve(
-        self, ops: Ops, problem: Problem, sides: _Sides, system: _System, residuals: _Residuals, rhs: Array
+        self, ops: Ops, problem: Problem, sides: _Sides, system: _System, residuals: _Residuals, rhs: Array, refinements: int
     ) -> _Step:
         """Steps (B, k, .) that cancel the residuals with  t dz + z dt = rhs (B, k, 2m).
 
@@ -221,7 +221,7 @@ class InteriorPoint:
             return dx, dy, first, second, ops.maximum(_size(ops, first), _size(ops, second))
 
         best = measured(*solve(-r_dual, Wg))
-        for _ in range(self.linear_steps):
+        for _ in range(refinements):
             dx, dy, first, second, error = best
             ddx, ddy = solve(first, W * second)
             new = measured(dx + ddx, dy + ddy)

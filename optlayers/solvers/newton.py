@@ -70,12 +70,18 @@ def refine(
         dx, dv = solve_refined(ops, cones, problem.P, problem.A, factor, F)
         x, v = x + dx, v + dv
         F, error = evaluate(ops, cones, problem, scaling, x, v)
-        better = active & (error < best.residual)
+        # A problem that has reached the target stays as it is, whatever the rest of the batch still needs.
+        better = active & (best.residual > target) & (error < best.residual)
         return k + 1, select(ops, better, Point(x, v, error, factor), best), (x, v), (F, error)
 
     def unfinished(state):
         k, best, *_ = state
         return (k < steps) & ops.any(active & (best.residual > target))
 
-    state = (0, best, start, evaluate(ops, cones, problem, scaling, *start))
+    F, error = evaluate(ops, cones, problem, scaling, *start)
+    # The start itself may be the best; e = 1 says that the factor kept is not one of this point.
+    better = active & (best.residual > target) & (error < best.residual)
+    kept = best.factor._replace(e=ops.where(better[:, None], 1.0, best.factor.e))
+    x, v, residual = select(ops, better, (*start, error), best[:3])
+    state = (0, Point(x, v, residual, kept), start, (F, error))
     return ops.while_loop(unfinished, body, state)[1]

@@ -74,7 +74,7 @@ def _cone_means(ops: Ops, cones: Cones, rows: Array) -> Array:
         return rows
     k = rows.shape[-1] - cones.rows
     cone_of_row, share = (ops.constant(array, rows) for array in _membership(cones))
-    means = ops.scatter_add(rows[:, k:] * share, cone_of_row, cones.rows)
+    means = ops.scatter_add(rows[:, k:] * share[None], cone_of_row, cones.rows)
     return ops.concat([rows[:, :k], ops.take(means, cone_of_row)], -1)
 
 

@@ -1,4 +1,4 @@
-"""Large sparse problems on the host: a library solves, Newton steps refine, one factorisation serves both ends.
+"""Large sparse problems on the host: a library solves, Newton steps refine, one factorisation serves both.
 
 Two functions of NumPy arrays are offered to the frameworks: `SparseSolve.solve` and the inverse
 `SparseSolve.invert` of the KKT system at its result. A matrix is given as entries (values, rows, columns),
@@ -21,8 +21,7 @@ import scipy.sparse as sp
 from ..cones import Cones
 from ..linalg.kkt import Problem
 from ..linalg.rows import Linearization, flatten, linearize, project, shapes, unflatten
-from ..linalg.sparse import REGULARIZATION, HostMatrix, SparseFactor, derivative_factor
-from ..ops import numpy as host
+from ..linalg.sparse import HOST, REGULARIZATION, HostMatrix, SparseFactor, derivative_factor
 from ..status import Status, check, is_usable
 from .base import RUNNING, Direction, Progress, certify, conclude, tolerances
 from .host import Host, _program
@@ -104,7 +103,8 @@ class SparseSolve:
         lead = np.broadcast_shapes(system, r.shape[:-1])
         at = np.broadcast_to(np.arange(len(lanes)).reshape(system), lead).ravel()
         rows = np.broadcast_to(r, (*lead, r.shape[-1])).reshape(-1, r.shape[-1])
-        solutions = _in_threads(self._invert_lane, [(factors[i], row) for i, row in zip(at, rows, strict=True)])
+        pairs = [(factors[i], row) for i, row in zip(at, rows, strict=True)]
+        solutions = _in_threads(self._invert_lane, pairs)
         return np.stack(solutions).reshape(*lead, r.shape[-1])
 
     def _invert_lane(self, factor: SparseFactor | None, r: np.ndarray) -> np.ndarray:
@@ -121,33 +121,44 @@ class SparseSolve:
         return derivative_factor(self.cones, P, A, linearization, not (x_unique and y_unique))
 
     def _matrices(self, lane: Sequence[np.ndarray]) -> tuple[Any, Any]:
+        _, rows, columns = lane[:3]
+        if (rows < columns).any() != (rows > columns).any():
+            raise ValueError(
+                "P has entries on one side of the diagonal only; give both triangles, P + P' - diag(P)"
+            )
         P = _matrix(lane[:3], (self.n, self.n))
         return (P + P.T) / 2, _matrix(lane[3:6], (self.m, self.n))
 
     def _solve_lane(self, *lane: np.ndarray) -> tuple[list[np.ndarray], SparseFactor | None]:
         """The outputs of `solve` for one problem, and its factor if its solution is usable."""
-        vectors = [np.array(x, float)[None] for x in lane[MATRIX_ARRAYS:]]
-        q, b, l, u, *warm = vectors
-        if not _is_finite(lane[0], lane[3], q, b, bounds=(l, u)):
-            nothing = Point(0 * q, np.zeros((1, self.m)), np.full(1, np.inf), None)  # type: ignore[arg-type]
-            zero_bounds = (np.zeros_like(l), np.zeros_like(u))
-            linearization = linearize(host, self.cones, zero_bounds, nothing.v)  # type: ignore[arg-type]
-            progress = Progress(nothing, np.full(1, Status.NON_FINITE.code), np.zeros(1))
-            return _outputs(progress, (True, True), linearization), None
-        P, A = self._matrices(lane)
+        q, b, l, u, *warm = (np.array(x, float)[None] for x in lane[MATRIX_ARRAYS:])
+        finite = _is_finite(lane[0], lane[3], q, b, bounds=(l, u))
+        # Of a problem with NaN or infinity only the shapes are used.
+        P, A = self._matrices(lane) if finite else (sp.csc_array((k, self.n)) for k in (self.n, self.m))
         lane_solve = _LaneSolve(self, Problem(HostMatrix(P), q, HostMatrix(A), b, l, u))
         with np.errstate(all="ignore"):
-            progress = lane_solve.run(warm)
-            linearization = lane_solve.linearize(progress.best.v)
-            if not is_usable(progress.status[0]):
-                return _outputs(progress, (True, True), linearization), None
-            factor = progress.best.factor
-            if not (isinstance(factor, SparseFactor) and _same(factor.linearization, linearization)):
-                factor = derivative_factor(self.cones, P, A, linearization, False)
-            regular = factor.regularity()
-            if not all(regular):
-                factor = derivative_factor(self.cones, P, A, linearization, True)
-        return _outputs(progress, regular, linearization), factor
+            crossed = (l - u > self.eps * (1 + abs(u))).any()
+            reason = Status.PRIMAL_INFEASIBLE if finite else Status.NON_FINITE
+            run = lane_solve.run(warm) if finite and not crossed else lane_solve.refuse(reason)
+            best, status, iterations = run
+            linearization = lane_solve.linearize(best.v)
+            factor, regular = None, (True, True)
+            if is_usable(status[0]):
+                factor, regular = self._differentiate(P, A, linearization, best.factor)
+        scalars = [best.residual[0], iterations[0], *regular, status[0]]
+        scalars = [np.array(z, float) for z in scalars]
+        return [best.x[0], best.v[0], *scalars, *(z[0] for z in flatten(linearization))], factor
+
+    def _differentiate(
+        self, P: Any, A: Any, linearization: Linearization, factor: Any
+    ) -> tuple[SparseFactor, tuple[bool, bool]]:
+        """The factor for the derivative, `factor` of Newton's last step if it fits, and the regularity."""
+        if factor is None or not _same(factor.linearization, linearization):
+            factor = derivative_factor(self.cones, P, A, linearization, False)
+        regular = factor.regularity()
+        if not all(regular):
+            factor = derivative_factor(self.cones, P, A, linearization, True)
+        return factor, regular
 
 
 class _LaneSolve(NamedTuple):
@@ -160,11 +171,23 @@ class _LaneSolve(NamedTuple):
     def unscaled(self) -> Scaling:
         return Scaling(*(np.ones((1, k)) for k in (self.settings.n, self.settings.m, 1)))
 
+    @property
+    def nothing(self) -> Point:
+        """A point that any other is better than."""
+        factor: Any = None
+        return Point(
+            np.zeros((1, self.settings.n)), np.zeros((1, self.settings.m)), np.full(1, np.inf), factor
+        )
+
+    def refuse(self, reason: Status) -> Progress:
+        """The outcome for data that contain NaN or infinity, or bounds l > u."""
+        return Progress(self.nothing, np.full(1, reason.code), np.zeros(1))
+
     def run(self, warm: Sequence[np.ndarray]) -> Progress:
-        """Refine the warm start if there is one, then the answer of each solver, until there is a solution."""
+        """Refine the warm start if any, then the answer of each solver, until there is a solution."""
         settings, problem = self
-        _, accept, _ = tolerances(host, settings.eps, problem.q)  # type: ignore[arg-type]
-        best = Point(0 * problem.q, 0 * problem.b, np.full(1, np.inf), None)  # type: ignore[arg-type]
+        _, accept, _ = tolerances(HOST, settings.eps, problem.q)
+        best = self.nothing
         status, steps = np.full(1, RUNNING), 0
         if warm and all(np.isfinite(z).all() for z in warm):
             best, steps = self.refine(best, (warm[0], warm[1] - warm[2]), settings.solvers[0].refine)
@@ -175,31 +198,32 @@ class _LaneSolve(NamedTuple):
             best, count = self.refine(best, point, solver.refine)
             steps += count
             if best.residual[0] > accept:
-                status = certify(host, settings.cones, problem, self.unscaled, direction)  # type: ignore[arg-type]
+                status = certify(HOST, settings.cones, problem, self.unscaled, direction)
         if best.residual[0] <= accept:
             status = np.full(1, Status.SOLVED.code)
-        return conclude(host, Progress(best, status, np.full(1, steps)), settings.eps)  # type: ignore[arg-type]
+        return conclude(HOST, Progress(best, status, np.full(1, steps)), settings.eps)
 
     def call(self, solver: Host) -> tuple[tuple[np.ndarray, np.ndarray], Direction]:
         """(x, v) and the certifying directions from a library."""
         cones, (P, q, A, b, l, u) = self.settings.cones, self.problem
         answer = solver._solve(_program(cones, P.matrix, q[0], A.matrix, b[0], l[0], u[0]))
         x, y, dx, dy = (z[None] for z in answer)
-        slack = project(host, cones, self.problem.bounds, b - x @ A.mT)  # type: ignore[arg-type]
+        slack = project(HOST, cones, self.problem.bounds, b - x @ A.mT)
         return (x, slack - y), Direction(dx, dy)
 
     def linearize(self, v: np.ndarray) -> Linearization:
-        return linearize(host, self.settings.cones, self.problem.bounds, v)  # type: ignore[arg-type]
+        return linearize(HOST, self.settings.cones, self.problem.bounds, v)
 
     def refine(self, best: Point, start: tuple[np.ndarray, np.ndarray], steps: int) -> tuple[Point, int]:
         """The better of `best` and of the Newton iterates from `start`, as `newton.refine`; and the steps."""
         settings, (P, _, A, *_) = self.settings, self.problem
-        target, *_ = tolerances(host, settings.eps, self.problem.q)  # type: ignore[arg-type]
-        (x, v), factor = start, None
+        target, *_ = tolerances(HOST, settings.eps, self.problem.q)
+        factor: Any = None
+        x, v = start
         for count in range(steps + 1):
-            F, error = evaluate(host, settings.cones, self.problem, self.unscaled, x, v)  # type: ignore[arg-type]
+            F, error = evaluate(HOST, settings.cones, self.problem, self.unscaled, x, v)
             if error[0] < best.residual[0]:
-                best = Point(x, v, error, factor)  # type: ignore[arg-type]
+                best = Point(x, v, error, factor)
             if best.residual[0] <= target or count == steps or not np.isfinite(error[0]):
                 return best, count
             linearization = self.linearize(v)
@@ -211,12 +235,6 @@ class _LaneSolve(NamedTuple):
             ds = -F[1][0] - A.matrix @ dx
             x, v = x + dx, v + (ds - dy)
         return best, steps
-
-
-def _outputs(progress: Progress, regular: tuple[bool, bool], linearization: Linearization) -> list[np.ndarray]:
-    best, status, iterations = progress
-    scalars = [best.residual[0], iterations[0], *regular, status[0]]
-    return [best.x[0], best.v[0], *(np.array(z, float) for z in scalars), *(z[0] for z in flatten(linearization))]
 
 
 def _same(a: Linearization, b: Linearization) -> bool:

@@ -22,13 +22,15 @@ def is_sparse(matrix: Any) -> bool:
 
 
 def solve_qp(P, q, A, l, u, warm, **options) -> ConicSolution:
-    layer = sparse.sparse_layer(P, q, A, Cones(), check=options["on_failure"] == "raise", **options)
+    check = options["on_failure"] == "raise"
+    layer = sparse.sparse_layer(P, q, A, Cones(), check=check, **options)
     matrices = _entries(P, q), _entries(A, q)
     return sparse.solve_sparse_box(ops, _HOST, layer, matrices, (q, l, u), warm, q)
 
 
 def solve_conic(P, q, A, b, cones, warm, **options) -> ConicSolution:
-    layer = sparse.sparse_layer(P, q, A, curved_part(cones), check=options["on_failure"] == "raise", **options)
+    check = options["on_failure"] == "raise"
+    layer = sparse.sparse_layer(P, q, A, curved_part(cones), check=check, **options)
     matrices = _entries(P, q), _entries(A, q)
     return sparse.solve_sparse_cone(ops, _HOST, layer, cones, matrices, (q, b), warm, q)
 

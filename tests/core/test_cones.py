@@ -41,7 +41,9 @@ def numeric(ops):
         jvp=lambda f, x, dx: transforms.jvp(f, (x,), (dx,))[1],
         vjp=lambda f, x, w: transforms.vjp(f, x)[1](w)[0],
         project=lambda cones, v: call(lambda v: K.project(ops, cones, v), v),
-        derivative=lambda cones, v: call(lambda v, I: derivative(ops, cones, v, I), v, np.eye(cones.rows)),
+        derivative=lambda cones, v: call(
+            lambda v, I: derivative(ops, cones, v, I), v, np.eye(cones.rows, dtype=v.dtype)
+        ),
     )
 
 
@@ -115,7 +117,7 @@ def scaled_points(rng, cones, count):
     return rng.standard_normal((count, cones.rows)) * 10 ** rng.uniform(-6, 6, (count, cones.rows))
 
 
-def special_points(rng, cones, project):
+def special_points(rng, cones, project, tiny=1e-30):
     """On the boundary of K and of its polar, next to them, in the apex, with zero entries, on the axes."""
     v = rng.standard_normal((8, cones.rows)) * 10 ** rng.uniform(-3, 3, (8, 1))
     s = project(cones, v)
@@ -123,9 +125,9 @@ def special_points(rng, cones, project):
     near = boundary * (
         1 + rng.choice([1e-15, 1e-12, 1e-8], boundary.shape) * rng.standard_normal(boundary.shape)
     )
-    corners = rng.choice([-1, -1e-8, -1e-30, 0, 1e-30, 1e-8, 1], (60, cones.rows))
+    corners = rng.choice([-1, -1e-8, -tiny, 0, tiny, 1e-8, 1], (60, cones.rows))
     signs = rng.choice([-1.0, 0.0, 1.0], (60, cones.rows))
-    apex = np.stack([np.zeros(cones.rows), np.full(cones.rows, 1e-30), np.full(cones.rows, -1e-30)])
+    apex = np.outer([0, tiny, -tiny], np.ones(cones.rows))
     return np.concatenate([boundary, near, corners, signs, apex])
 
 
@@ -182,11 +184,15 @@ def solved_by_cvxpy(cones, v):
         elif kind == "exp":
             constraints.append(cp.ExpCone(part[0], part[1], part[2]))
         elif kind == "pow":
-            constraints.append(cp.PowConeND(part[:-1], part[-1], np.array(parameter)))
+            # CVXPY 1.9.3 fails on PowConeND of different lengths in one problem.
+            if len(parameter) == 2:
+                constraints.append(cp.PowCone3D(*part, parameter[0]))
+            else:
+                constraints.append(cp.PowConeND(part[:-1], part[-1], np.array(parameter)))
         else:
             constraints.append(part == 0 if kind == "zero" else part >= 0)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(s - v)), constraints)
-    problem.solve(cp.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
+    problem.solve(cp.CLARABEL, tol_gap_abs=1e-9, tol_gap_rel=1e-9, tol_feas=1e-9)
     return s.value
 
 
@@ -329,8 +335,8 @@ def test_derivatives_of_both_orders(numeric, ops, rng, points):
     np.testing.assert_allclose(value, numeric.project(cones, v), rtol=0, atol=1e-13)
     np.testing.assert_allclose(forward, product(D, dv), rtol=0, atol=1e-13)
     np.testing.assert_allclose(reverse, product(D, w), rtol=0, atol=1e-13)
-    # The third derivative of v -> w' Pi(v) is symmetric in its arguments: each nesting gives dD times one.
-    for actual, argument in zip(second, (dv, w, w, dv), strict=True):
+    # Pi is a gradient, its second derivative symmetric in all arguments: each nesting gives dD times one.
+    for actual, argument in zip(second, (dv, w, w, w), strict=True):
         np.testing.assert_allclose(actual, product(dD, argument), rtol=1e-7, atol=1e-7)
 
 
@@ -346,7 +352,9 @@ def test_first_order_only(numeric, ops, rng):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_derivatives_are_finite_everywhere(numeric, ops, rng, dtype):
-    v = special_points(rng, ALL, numeric.project).astype(dtype)
+    # The second derivative grows as 1 / distance to a kink and must not overflow.
+    tiny = {"float64": 1e-30, "float32": 1e-12}[dtype]
+    v = special_points(rng, ALL, numeric.project, tiny).astype(dtype)
     dv, w = rng.standard_normal((2, *v.shape)).astype(dtype)
     value, *derivatives = orders(numeric, ops, ALL, v, dv, w)
     assert all(np.isfinite(x).all() for x in derivatives)

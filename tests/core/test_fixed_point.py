@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from checks import assert_close
-from optlayers.solvers.fixed_point import Anderson, Broyden, NewtonKrylov, Picard, Problem, gmres, inverse_product
+from optlayers.solvers.fixed_point import (
+    Anderson,
+    Broyden,
+    NewtonKrylov,
+    Picard,
+    Problem,
+    gmres,
+    inverse_product,
+)
 from optlayers.solvers.fixed_point import run as run_eagerly
 from optlayers.status import Status
 

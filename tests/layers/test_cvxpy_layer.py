@@ -46,7 +46,12 @@ def evaluated(frontend, reference):
     return frontend.differentiable(layer)(reference.values, reference.cotangents)
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+# What differs between the frameworks shows in a few families.
+COMPILED = ("lp", "qp_shared", "lasso", "model_predictive_control", "several_variables")
+NAMES = [pytest.param(name, marks=[] if name in COMPILED else pytest.mark.slow_in_jax) for name in FAMILIES]
+
+
+@pytest.fixture(scope="session", params=NAMES)
 def reference(request):
     return Reference(FAMILIES[request.param]())
 
@@ -101,7 +106,7 @@ def check_known(frontend, family, programs, tolerance):
             assert_close(actual[i], exact_gradient[i], 10 * tolerance, f"{parameter.name()} of problem {i}")
 
 
-@pytest.mark.parametrize("equalities", [0, 2])
+@pytest.mark.parametrize("equalities", [2, pytest.param(0, marks=pytest.mark.slow_in_jax)])
 def test_known_solution_of_quadratic_programs(equalities, frontend, rng):
     """Programs of every kind in one batch: one failure must not hide behind, nor disturb, the others."""
     sizes = 6, 9, equalities
@@ -113,6 +118,7 @@ def test_known_solution_of_quadratic_programs(equalities, frontend, rng):
     check_known(frontend, qp(*sizes), programs, 1e-8)
 
 
+@pytest.mark.slow_in_jax
 def test_known_solution_of_linear_programs(frontend, rng):
     sizes = 5, 8, 2
     programs = [random_lp(rng, *sizes, density=density) for density in (1.0, 1.0, 0.5, 0.5)]

@@ -58,7 +58,7 @@ def degenerate_vertex():
 
 
 def weakly_active():
-    """The unconstrained minimum is on the boundary: only directional derivatives exist, for the first entry."""
+    """The unconstrained minimum is on the boundary: the first entry has directional derivatives only."""
     p, x = cp.Parameter(2), cp.Variable(2)
     return Degenerate([x[0] <= 1], cp.sum_squares(x - p), [p], x, [[1, 0.5]], [1, 0.5], [None])
 

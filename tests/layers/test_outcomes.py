@@ -1,4 +1,4 @@
-"""Problems without solution, without data, of extreme scale: what becomes of them, and of the rest of the batch."""
+"""Problems without solution, of NaN, of extreme scale: what becomes of them and of the rest of the batch."""
 
 import time
 

@@ -37,7 +37,7 @@ class Reference:
         self.cotangents = [_cotangent(rng, variable) for variable in family.variables]
 
     def evaluated(self, frontend):
-        """A layer's outputs followed by its x, s and y for all lanes, and the gradients of the first BATCH."""
+        """A layer's outputs followed by its x, s, y for all lanes, and the gradients of the first BATCH."""
         family = self.family
         layer = frontend.CvxpyLayer(family.problem, family.parameters, family.variables, gp=family.gp)
 
@@ -71,7 +71,7 @@ def _cotangent(rng, variable):
     return value
 
 
-# JAX takes about ten seconds to compile a family: three of them stand for all, unless slow tests are asked for.
+# JAX takes about ten seconds to compile a family: but for slow tests, three of them stand for all.
 FAST_IN_JAX = ("norm_ball", "sdp", "exponential_cones")
 CASES = [
     pytest.param(
@@ -102,7 +102,7 @@ def case(request):
 
 
 def test_solution_is_certified(case):
-    """The optimality conditions hold at the layer's own x, s, y for all lanes, also those next to the batch."""
+    """The optimality conditions hold at the layer's own x, s, y for all lanes, shifted ones too."""
     program, family = case.reference.program, case.family
     *_, x, s, y = case.outputs
     for i in range(len(x)):
