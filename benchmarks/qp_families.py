@@ -72,9 +72,7 @@ def boxed(qp: QP, lower, upper) -> QP:
     """`qp` with rows lower <= x <= upper."""
     n = qp.q.size
     rows = np.broadcast_to(lower, n), np.broadcast_to(upper, n)
-    return QP(
-        qp.P, qp.q, np.vstack([qp.A, np.eye(n)]), np.append(qp.lo, rows[0]), np.append(qp.hi, rows[1])
-    )
+    return QP(qp.P, qp.q, np.vstack([qp.A, np.eye(n)]), np.append(qp.lo, rows[0]), np.append(qp.hi, rows[1]))
 
 
 # Data around a known solution.

@@ -6,7 +6,7 @@ power cone)
     w_i = (v_i + R_i) / 2,     R_i = sqrt(v_i^2 + 4 a_i r p),     sign(z) r,     r + p = |z|,
 
 and r, its distance to the axis, solves sum a_i log w_i = log r. The unknown is e = log(r / p), the root of
-a decreasing function. |z| is not taken below eps^2 of the largest entry: at z = 0 the formulas go to their
+a decreasing function. |z| is not taken below eps times the largest entry: at z = 0 the formulas go to their
 limits.
 
 Derivatives along (dv, dz). From w_i (w_i - v_i) = a_i r p, with m_i = r a_i / w_i = (w_i - v_i) / p and, for
@@ -140,7 +140,7 @@ def _roots(ops, a, v, zeta, r, p):
 def _point(ops, a, u):
     """The point s of the curved surface, m, and axis = (r, p), of normalised points u (B, c, d)."""
     v, z = u[..., :-1], u[..., -1:]
-    zeta = ops.maximum(abs(z), ops.eps(u) ** 2)
+    zeta = ops.maximum(abs(z), ops.eps(u))
     r, p = _shares(ops, _root(ops, a, v, zeta))
     R, t = _roots(ops, a, v, zeta, r, p)
     tiny = ops.eps(u) ** 4

@@ -1,7 +1,8 @@
 """The set that the slack s of a program lies in: bounds l <= s <= u on the first rows, then curved cones.
 
 Bounds cover every polyhedral row in one form: equality (l = u = 0), inequality (l = 0, u infinite),
-two-sided, free. They are data, may differ over the batch and have derivatives; a row with l = u counts as an equality.
+two-sided, free. They are data, may differ over the batch and have derivatives; a row with l = u counts as
+an equality.
 Multipliers follow v = s - y: y >= 0 where s is at its lower bound, y <= 0 at the upper one. The functions
 have the meaning of those of the same name in `optlayers.cones`, with the bounds before the cones.
 """

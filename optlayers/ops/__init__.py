@@ -190,7 +190,7 @@ class MatrixFreeOps(Ops, Protocol):
         ...
 
     def tangent_map(self, function: Callable[[Array], Array], x: Array) -> Callable[[Array], Array]:
-        """The map dx to (d function / dx at the detached x) dx; the function is frozen, in torch the map too."""
+        """The map dx to (d function / dx at the detached x) dx, of a frozen function."""
         ...
 
     def solve_increment(

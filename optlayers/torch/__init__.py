@@ -11,6 +11,7 @@ from ..solvers.host import OSQP, SCS, Clarabel
 from ..solvers.interior_point import InteriorPoint
 from ..status import SolveError, Status
 from .cvxpy import CvxpyLayer
+from .deq import DEQ
 from .direct import solve_conic, solve_qp
 from .fixed_point import fixed_point
 from .implicit import implicit
@@ -24,6 +25,7 @@ __all__ = [
     "Cones",
     "ConicSolution",
     "CvxpyLayer",
+    "DEQ",
     "Exact",
     "FixedPointInfo",
     "InteriorPoint",

@@ -1,5 +1,6 @@
 """`fixed_point`: derivatives of all orders and modes, closures, containers, and what happens on failure."""
 
+import copy
 import importlib
 import warnings
 
@@ -297,6 +298,58 @@ def test_single_precision(frontend, rng):
     z = frontend.module.fixed_point(lambda z: tanh_cell(frontend, z, A, x), 0 * x)
     assert frontend.dtype(z) == "float32"
     assert_close(frontend.numpy(z), frontend.numpy(unrolled(frontend)(A, x)), 1e-5)
+
+
+# DEQ
+
+
+def test_deq_is_the_fixed_point_of_its_cell(frontend, rng):
+    values, cotangent = inputs(rng), rng.standard_normal((2, 3))
+
+    def layer(A, x):
+        return frontend.module.DEQ(lambda z, x: tanh_cell(frontend, z, A, x), **TIGHT)(x)
+
+    actual = gradients(frontend, layer, values, cotangent)
+    expected = gradients(frontend, unrolled(frontend), values, cotangent)
+    for a, e in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
+        assert_close(a, e, 1e-11)
+
+
+def test_warm_start_needs_no_step(frontend, rng):
+    A, x = (frontend.array(v) for v in inputs(rng))
+    deq = frontend.module.DEQ(lambda z, x: tanh_cell(frontend, z, A, x))
+    z, cold = deq.solve(x)
+    again, warm = deq.solve(x, z0=z)
+    assert frontend.numpy(cold.iterations).min() > 1 and frontend.numpy(warm.iterations).max() == 0
+    assert (frontend.numpy(z) == frontend.numpy(again)).all()
+
+
+@pytest.mark.parametrize("start", [(2,), lambda x: 0 * x[:, :2] + 1])
+def test_start_sets_the_shape_of_the_state(frontend, rng, start):
+    _, x = inputs(rng)
+    z = frontend.module.DEQ(lambda z, x: 0.5 * z + x[:, :2], start)(frontend.array(x))
+    assert_close(frontend.numpy(z), 2 * x[:, :2], 1e-8)
+
+
+def test_deq_module_registers_copies_and_saves(rng):
+    torch = pytest.importorskip("torch")
+    from optlayers.torch import DEQ
+
+    class Cell(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 3)
+
+        def forward(self, z, x):
+            return torch.tanh(0.5 * self.linear(z) + x)
+
+    deq = DEQ(Cell()).double()
+    assert [name for name, _ in deq.named_parameters()] == ["cell.linear.weight", "cell.linear.bias"]
+    x = torch.tensor(rng.standard_normal((2, 3)))
+    twin = copy.deepcopy(deq)
+    assert torch.equal(twin(x), deq(x))
+    deq(x).sum().backward()
+    assert all(p.grad is not None for p in deq.parameters()) and twin.cell.linear.weight.grad is None
 
 
 # torch only

@@ -1,4 +1,4 @@
-"""Sparse P and A: against the dense path and finite differences, every entry form, statuses, and large ones."""
+"""Sparse P and A: against the dense path and finite differences, entry forms, statuses, large ones."""
 
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ def random_sparse(rng, n=60, m=40, equal=5):
 
 
 def banded(rng, n, width):
-    """P (n, n) of half bandwidth `width` and A (n / 2, n) with 2 `width` entries a row, next to one another."""
+    """P (n, n) of half bandwidth `width` and A (n / 2, n) with 2 `width` neighbouring entries a row."""
     offsets = list(range(width + 1))
     root = sp.diags_array([rng.standard_normal(n - k) for k in offsets], offsets=offsets, shape=(n, n))
     rows = np.repeat(np.arange(n // 2), 2 * width)
@@ -161,7 +161,9 @@ def test_curved_cones_agree_with_the_dense_path(frontend, rng, name):
 
     values = [P.data, q, A.data, b]
     cotangents = [rng.standard_normal(k) for k in (q.size, b.size, b.size)]
-    results = [frontend.differentiable(solver(make))(values, cotangents) for make in (sparse_matrix, dense_matrix)]
+    results = [
+        frontend.differentiable(solver(make))(values, cotangents) for make in (sparse_matrix, dense_matrix)
+    ]
     for a, expected in zip(results[0][0], results[1][0], strict=True):
         assert_close(a, expected, 1e-8)
     for a, expected in zip(results[0][1], results[1][1], strict=True):
@@ -275,8 +277,14 @@ def test_outcomes(frontend):
     some = solve_qp(eye, q, eye, -ones, ones, on_failure="nan")
     assert codes(some) == [Status.SOLVED.code, Status.NON_FINITE.code]
     assert np.isnan(frontend.numpy(some.x)).tolist() == [[False, False], [True, True]]
-    infeasible = solve_qp(eye, q[0], sp.coo_array(np.ones((2, 2))), ones * frontend.array([2.0, -2.0]),
-                          ones * frontend.array([3.0, -1.0]), on_failure="mask")
+    infeasible = solve_qp(
+        eye,
+        q[0],
+        sp.coo_array(np.ones((2, 2))),
+        ones * frontend.array([2.0, -2.0]),
+        ones * frontend.array([3.0, -1.0]),
+        on_failure="mask",
+    )
     assert codes(infeasible) == Status.PRIMAL_INFEASIBLE.code
     unbounded = solve_qp(None, q[0], eye, None, ones, on_failure="mask")
     assert codes(unbounded) == Status.DUAL_INFEASIBLE.code
@@ -322,8 +330,12 @@ def test_other_host_solvers(frontend, rng, solver):
 def test_single_precision_stays(frontend, rng):
     program = random_sparse(rng, 20, 12)
     solve = solver_of(frontend, program)
-    z, gradients = frontend.differentiable(solve, "float32")(program.values, [np.ones(k) for k in (20, 12, 12)])
-    exact, exact_gradients = frontend.differentiable(solve)(program.values, [np.ones(k) for k in (20, 12, 12)])
+    z, gradients = frontend.differentiable(solve, "float32")(
+        program.values, [np.ones(k) for k in (20, 12, 12)]
+    )
+    exact, exact_gradients = frontend.differentiable(solve)(
+        program.values, [np.ones(k) for k in (20, 12, 12)]
+    )
     assert {x.dtype for x in (*z, *gradients)} == {np.dtype("float32")}
     for a, b in zip((*z, *gradients), (*exact, *exact_gradients), strict=True):
         assert_close(a, b, 1e-4)
@@ -365,7 +377,9 @@ def test_gradients_of_torch_tensors_keep_their_layout(rng):
     for layout in (torch.sparse_coo, torch.sparse_csr):
         P = torch.tensor(program.P.toarray()).to_sparse(layout=layout).requires_grad_()
         A = torch.tensor(program.A.toarray()).to_sparse(layout=layout).requires_grad_()
-        solve_qp(P, *(torch.tensor(program.q), A, torch.tensor(program.l), torch.tensor(program.u))).x.sum().backward()
+        solve_qp(
+            P, *(torch.tensor(program.q), A, torch.tensor(program.l), torch.tensor(program.u))
+        ).x.sum().backward()
         assert P.grad.layout == A.grad.layout == layout
         gradients[layout] = P.grad.to_dense(), A.grad.to_dense()
     for a, b in zip(*gradients.values(), strict=True):

@@ -1,0 +1,52 @@
+"""Deep equilibrium layers, in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..docstring import continues
+from ..layers.deq import Start, equilibrium_doc, solve_equilibrium
+from ..layers.fixed_point import Adjoint, Exact, FixedPoint, FixedPointInfo
+from ..ops import torch as ops
+from ..solvers.fixed_point import Anderson, FixedPointSolver
+
+
+@continues(equilibrium_doc)
+class DEQ(nn.Module):
+    """
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import DEQ
+        >>> linear = torch.nn.Linear(2, 2)
+        >>> deq = DEQ(lambda z, x: torch.tanh(0.5 * linear(z) + x))
+        >>> x = torch.ones(3, 2)
+        >>> z, info = deq.solve(x)
+        >>> bool((z - torch.tanh(0.5 * linear(z) + x)).abs().max() < 1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        cell: Callable,
+        start: Start = None,
+        *,
+        solver: FixedPointSolver = Anderson(),
+        adjoint: Adjoint = Exact(),
+        tol: float | None = None,
+        max_iter: int = 50,
+        order: int = 1,
+        on_failure: str = "raise",
+    ):
+        super().__init__()
+        self.cell, self.start = cell, start
+        self.settings = FixedPoint(solver, adjoint, tol, max_iter, order, on_failure)
+
+    def solve(self, *x: Any, z0: Any = None) -> tuple[Any, FixedPointInfo]:
+        """The equilibrium, and what became of each sample."""
+        return solve_equilibrium(ops, self.settings, self.cell, self.start, z0, x)
+
+    def forward(self, *x: Any, z0: Any = None) -> Any:
+        return self.solve(*x, z0=z0)[0]
