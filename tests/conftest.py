@@ -37,13 +37,13 @@ def has_gpu():
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow_in_jax: becomes slow in JAX, which compiles it anew")
+    config.addinivalue_line("markers", "slow_to_compile: becomes slow in JAX, which compiles it anew")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker("slow_in_jax") and item.callspec.params["frontend"] == "jax":
+        if item.get_closest_marker("slow_to_compile") and item.callspec.params["frontend"] == "jax":
             item.add_marker("slow")
 
 

@@ -67,25 +67,12 @@ def _entries(matrix: Any, like: jax.Array) -> sparse.Entries:
 
 
 def _callback(function, shapes, arrays) -> list[jax.Array]:
-    """Float results of these shapes of a function of NumPy arrays, without derivatives.
-
-    Empty arrays do not take part: XLA may fail to compile a callback that has them (jax 0.10).
-    """
+    """Float results of these shapes of a function of NumPy arrays, without derivatives."""
     arrays = [lax.stop_gradient(x) for x in arrays]
     dtype = next(x.dtype for x in arrays if jnp.issubdtype(x.dtype, jnp.floating))
-    empty = [np.zeros(x.shape, x.dtype) if x.size == 0 else None for x in arrays]
-    full = [x for x in arrays if x.size]
-
-    def run(*values):
-        mapped = (1,) * (np.ndim(values[0]) - full[0].ndim)
-        rest = iter(values)
-        inputs = [np.asarray(next(rest)) if e is None else e.reshape(*mapped, *e.shape) for e in empty]
-        outputs = zip(function(*inputs), shapes, strict=True)
-        return [np.asarray(x, dtype) for x, shape in outputs if 0 not in shape]
-
-    results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes if 0 not in shape]
-    outputs = iter(jax.pure_callback(run, results, *full, vmap_method="expand_dims"))
-    return [jnp.zeros(shape, dtype) if 0 in shape else next(outputs) for shape in shapes]
+    results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    run = lambda *values: [np.asarray(x, dtype) for x in function(*map(np.asarray, values))]
+    return jax.pure_callback(run, results, *arrays, vmap_method="expand_dims")
 
 
 class _Host:

@@ -52,11 +52,21 @@ class HostCalls(Protocol):
 
 @dataclass(frozen=True)
 class SparseLayer:
-    """The solver with its derivative and its policy, as `ConicLayer` has them."""
+    """The solver with its derivative and its policy, as `ConicLayer` has them.
+
+    Args:
+        has_free_row: the first row of `solve` is a free one, which the program does not have. It keeps the
+            bounds from being empty: XLA aborts on slices of a concatenation with an empty array (jax 0.10).
+    """
 
     solve: SparseSolve
     order: int = 2
     on_failure: str = "raise"
+    has_free_row: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.solve.m - self.has_free_row
 
     def __post_init__(self):
         if self.on_failure not in FAILURE_POLICIES:
@@ -72,7 +82,11 @@ class SparseLayer:
         warm: Sequence[Array],
     ) -> ConicSolution:
         """The solution, batched, for q, b, l, u and an earlier (x, s, y), each with one batch axis."""
+        if self.has_free_row:
+            A, vectors, warm = _add_free_row(ops, A, vectors, warm)
         solution = _differentiable(ops, host, self, P, A, vectors, warm)
+        if self.has_free_row:
+            solution = solution._replace(s=solution.s[:, 1:], y=solution.y[:, 1:])
         if self.on_failure != "nan":
             return solution
         failed = ~is_usable(solution.status)[:, None]
@@ -121,6 +135,15 @@ def _differentiable(
     return ConicSolution(*split(z), status, ops.to_int(iterations), error, regularity)
 
 
+def _add_free_row(ops: Ops, A: Entries, vectors: Sequence[Array], warm: Sequence[Array]):
+    """A, the vectors and the warm start of the program with a free row of zeros in front."""
+    q, b, *_ = vectors
+    before = lambda value, z: ops.concat([ops.full((z.shape[0], 1), value, q), z], -1)
+    bounds = (ops.full((1, 1), bound, q) for bound in (-ops.inf, ops.inf))
+    warm = [z if i == 0 else before(0.0, z) for i, z in enumerate(warm)]
+    return A._replace(rows=A.rows + 1), (q, before(0.0, b), *bounds), warm
+
+
 def _multiply(ops: Ops, M: Entries, x: Array, size: int) -> Array:
     """M x for vectors x (B, k): (B, size)."""
     return ops.scatter_add(M.values[None] * ops.take(x, M.columns), M.rows, size)
@@ -164,7 +187,9 @@ def sparse_layer(
         raise ValueError(f"sparse problems are solved by Clarabel, OSQP or SCS, got solver={solver!r}")
     if any(isinstance(solver, OSQP) for solver in hosts) and cones.rows:
         raise ValueError("OSQP solves problems with linear constraints only; use Clarabel or SCS")
-    return SparseLayer(SparseSolve(m, n, cones, hosts, float(eps), check), order, on_failure)
+    has_free_row = m == cones.rows
+    solve = SparseSolve(m + has_free_row, n, cones, hosts, float(eps), check)
+    return SparseLayer(solve, order, on_failure, has_free_row)
 
 
 def solve_sparse_box(
@@ -177,7 +202,7 @@ def solve_sparse_box(
     like: Array,
 ) -> ConicSolution:
     """As `solve_box`, for q, l, u in `data`."""
-    m = (layer.solve.m,)
+    m = (layer.rows,)
     q, l, u = data
     l, u = (ops.full(m, bound, like) if z is None else z for z, bound in ((l, -ops.inf), (u, ops.inf)))
     (q, l, u), lead = _vectors(ops, layer, "qlu", (q, l, u), like)
@@ -200,8 +225,8 @@ def solve_sparse_cone(
     like: Array,
 ) -> ConicSolution:
     """As `solve_cone`, for q, b in `data`."""
-    if layer.solve.m != cones.rows:
-        raise ValueError(f"the cones have {cones.rows} rows, but A has {layer.solve.m}: {cones}")
+    if layer.rows != cones.rows:
+        raise ValueError(f"the cones have {cones.rows} rows, but A has {layer.rows}: {cones}")
     (q, b), lead = _vectors(ops, layer, "qb", data, like)
     bounds = (ops.constant(bound, q)[None] for bound in polyhedral_bounds(cones))
     solution = layer(ops, host, *_widest(ops, matrices), (q, b, *bounds), _warm(ops, warm))
@@ -212,8 +237,8 @@ def _vectors(ops: Ops, layer: SparseLayer, names: str, data: Sequence[Array | No
     """The vectors with one batch axis, of length 1 where it was missing, and the batch axes as given."""
     arrays, lead = _prepare(ops, list(names), data, ["n" if name == "q" else "m" for name in names], like)
     for name, z in zip(names[1:], arrays[1:], strict=True):
-        if z.shape[-1] != layer.solve.m:
-            raise ValueError(f"{name} must have shape (..., {layer.solve.m}), got {tuple(z.shape)}")
+        if z.shape[-1] != layer.rows:
+            raise ValueError(f"{name} must have shape (..., {layer.rows}), got {tuple(z.shape)}")
     return [z[None] if z.ndim == 1 else z for z in arrays], lead
 
 

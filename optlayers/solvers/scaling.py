@@ -30,7 +30,8 @@ def equilibrate(
     P2, A2 = problem.P**2, problem.A**2
     batch = max(M.shape[0] if M.ndim == 3 else 1 for M in (P2, A2))
     D = ops.full((batch, P2.shape[-1]), 1.0, problem.q)
-    E = ops.full((batch, A2.shape[-2]), 1.0, problem.q)
+    # Rows first: a row 1e8 times longer than the others would otherwise shrink the columns that it meets.
+    E = _inverse_fourth_root(ops, _cone_means(ops, cones, matvec(A2, D))) ** 2
 
     def balance(state):
         D, E = state

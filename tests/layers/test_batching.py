@@ -31,7 +31,7 @@ def values_with(layer, rng, lead, batched):
 
 MIXTURES = [
     *(((1,), "q"), ((2, 3), "qA"), ((4,), "PqAb")),
-    *(pytest.param(*case, marks=pytest.mark.slow_in_jax) for case in (((4,), "Pb"), ((2, 1, 2), "qb"))),
+    *(pytest.param(*case, marks=pytest.mark.slow_to_compile) for case in (((4,), "Pb"), ((2, 1, 2), "qb"))),
 ]
 
 
@@ -52,7 +52,7 @@ def test_batch_equals_singles(layer, lead, batched, rng):
         assert_close(gradient, total, 1e-9, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("lead", [(0,), pytest.param((3, 0), marks=pytest.mark.slow_in_jax)], ids=str)
+@pytest.mark.parametrize("lead", [(0,), pytest.param((3, 0), marks=pytest.mark.slow_to_compile)], ids=str)
 def test_empty_batch(layer, lead, rng):
     values = values_with(layer, rng, (), "")
     values[1], values[3] = np.zeros((*lead, 4)), np.zeros((*lead, 6))
@@ -96,7 +96,7 @@ def test_vmap_equals_batch(layer, rng):
     assert_close(layer.frontend.numpy(y), x, 1e-10)
 
 
-@pytest.mark.slow_in_jax
+@pytest.mark.slow_to_compile
 def test_vmap_of_single_problems(layer, rng):
     values = values_with(layer, rng, (4,), "Pb")
     (x,), _ = layer.differentiable(values, [np.ones((4, 4))])
@@ -115,7 +115,7 @@ def test_float32_in_float32_out(layer, rng):
         assert_close(a, b, 1e-3, name)
 
 
-@pytest.mark.slow_in_jax
+@pytest.mark.slow_to_compile
 def test_mixed_precision_gives_the_wider_one(layer, rng):
     values = values_with(layer, rng, (), "")
     dtypes = ("float32", "float64", "float64", "float32")

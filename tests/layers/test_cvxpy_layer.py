@@ -48,10 +48,10 @@ def evaluated(frontend, reference):
 
 # What differs between the frameworks shows in a few families.
 COMPILED = ("lp", "qp_shared", "lasso", "model_predictive_control", "several_variables")
-NAMES = [pytest.param(name, marks=[] if name in COMPILED else pytest.mark.slow_in_jax) for name in FAMILIES]
+SLOW = [pytest.param(name, marks=pytest.mark.slow_to_compile) for name in FAMILIES if name not in COMPILED]
 
 
-@pytest.fixture(scope="session", params=NAMES)
+@pytest.fixture(scope="session", params=[*COMPILED, *SLOW])
 def reference(request):
     return Reference(FAMILIES[request.param]())
 
@@ -106,7 +106,7 @@ def check_known(frontend, family, programs, tolerance):
             assert_close(actual[i], exact_gradient[i], 10 * tolerance, f"{parameter.name()} of problem {i}")
 
 
-@pytest.mark.parametrize("equalities", [2, pytest.param(0, marks=pytest.mark.slow_in_jax)])
+@pytest.mark.parametrize("equalities", [2, pytest.param(0, marks=pytest.mark.slow_to_compile)])
 def test_known_solution_of_quadratic_programs(equalities, frontend, rng):
     """Programs of every kind in one batch: one failure must not hide behind, nor disturb, the others."""
     sizes = 6, 9, equalities
@@ -118,7 +118,7 @@ def test_known_solution_of_quadratic_programs(equalities, frontend, rng):
     check_known(frontend, qp(*sizes), programs, 1e-8)
 
 
-@pytest.mark.slow_in_jax
+@pytest.mark.slow_to_compile
 def test_known_solution_of_linear_programs(frontend, rng):
     sizes = 5, 8, 2
     programs = [random_lp(rng, *sizes, density=density) for density in (1.0, 1.0, 0.5, 0.5)]

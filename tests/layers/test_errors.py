@@ -180,7 +180,7 @@ def test_infeasible_problem_is_named(frontend, interval):
     np.testing.assert_array_equal(error.value.status, expected)
 
 
-@pytest.mark.slow_in_jax
+@pytest.mark.slow_to_compile
 def test_infeasible_problem_is_named_by_all_its_batch_axes(frontend, interval):
     low = np.stack([LOW, LOW[[0, 0, 1]]])
     with pytest.raises(SolveError, match="2 of 6 problems") as error:
@@ -189,14 +189,14 @@ def test_infeasible_problem_is_named_by_all_its_batch_axes(frontend, interval):
     assert "batch index (0, 1)" in str(error.value) and "batch index (1, 2)" in str(error.value)
 
 
-@pytest.mark.slow_in_jax
+@pytest.mark.slow_to_compile
 def test_single_infeasible_problem_has_no_index(frontend, interval):
     with pytest.raises(SolveError, match="infeasible") as error:
         call(frontend, interval, [POINT, LOW[1], HIGH])
     assert "batch index" not in str(error.value)
 
 
-@pytest.mark.slow_in_jax
+@pytest.mark.slow_to_compile
 def test_unbounded_problem_is_named(frontend):
     c, x = cp.Parameter(2), cp.Variable(2)
     layer = frontend.CvxpyLayer(cp.Problem(cp.Minimize(c @ x), [x >= 0]), [c], [x])
@@ -206,7 +206,7 @@ def test_unbounded_problem_is_named(frontend):
 
 
 @pytest.mark.parametrize(
-    "policy", ["nan", *(pytest.param(p, marks=pytest.mark.slow_in_jax) for p in ("mask", "ignore"))]
+    "policy", ["nan", *(pytest.param(p, marks=pytest.mark.slow_to_compile) for p in ("mask", "ignore"))]
 )
 def test_failed_problem_does_not_touch_the_others(frontend, policy):
     """Gradients of x'1: 1 where an entry follows its parameter, 0 elsewhere, also summed over the batch.
@@ -225,7 +225,7 @@ def test_failed_problem_does_not_touch_the_others(frontend, policy):
         assert_close(high, np.array([0.0, 0.0, 2.0]), 1e-8)
 
 
-@pytest.mark.slow_in_jax
+@pytest.mark.slow_to_compile
 def test_nan_in_a_matrix_is_masked(frontend, family, rng):
     """The gradients are those of a batch in which that problem has no weight."""
     P, q, A, b = family.batch(rng, 1)

@@ -29,15 +29,11 @@ def batch_of(value):
     return np.stack([value, 1.05 * value, 0.9 * value])
 
 
-@pytest.mark.parametrize(
-    "batched",
-    [
-        pytest.param("", marks=pytest.mark.slow_in_jax),
-        "q",
-        pytest.param("PqAb", marks=pytest.mark.slow_in_jax),
-    ],
-    ids=["single", "shared", "batched"],
-)
+slow_to_compile = pytest.mark.slow_to_compile
+BATCHED = [pytest.param("", marks=slow_to_compile), "q", pytest.param("PqAb", marks=slow_to_compile)]
+
+
+@pytest.mark.parametrize("batched", BATCHED, ids=["single", "shared", "batched"])
 def test_derivatives_equal_differences(frontend, batched):
     layer = small_qp(frontend)
     values = [batch_of(v) if name in batched else v for name, v in zip("PqAb", VALUES, strict=True)]

@@ -156,6 +156,8 @@ def test_empty_batch(kind, torch_frontend):
 @pytest.mark.parametrize("name", ["lp", "socp", "sdp"])
 @pytest.mark.parametrize("what", ["costs", "sizes"])
 def test_scaled_data(torch_frontend, name, what, scale):
+    if (what, scale) == ("sizes", 1e8) and name != "lp":
+        pytest.xfail("curved cones with a right-hand side of 1e8 end INACCURATE, with a warning")
     kind = KINDS[name]()
     weights = [np.ones((3, *kind.variables[0].shape))]
     differentiable = torch_frontend.differentiable(kind.layer(torch_frontend))

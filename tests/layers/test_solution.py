@@ -50,7 +50,7 @@ def test_fields(frontend, solution, values):
     assert_close(np.einsum("bij,bj->bi", P, x) + q + np.einsum("bij,bi->bj", rows, y), np.zeros((4, 4)), 1e-8)
 
 
-@pytest.mark.slow_in_jax
+@pytest.mark.slow_to_compile
 def test_regularity_tells_what_is_unique(frontend, solution):
     """Multipliers of duplicate rows are not; nor is the bound that CVXPY puts into cp.abs(u) <= 1."""
     assert frontend.numpy(solution.regularity.x).all() and frontend.numpy(solution.regularity.y).all()
