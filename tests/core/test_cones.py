@@ -352,7 +352,7 @@ def test_derivatives_of_both_orders(numeric, rng, points):
 
 @pytest.mark.parametrize(("order", "tolerance"), [(1, 1e-6), (2, 1e-9)])
 def test_near_the_point_of_linearisation(numeric, rng, order, tolerance):
-    """The derivative is right, and off by h the value is off by a power of h: a chord step moves the point."""
+    """The derivative is right, and off by h the value is off by a power of h: a chord step."""
     cones, v = SMOOTH["all"]
     dv, w = 1e-4 * rng.standard_normal(v.shape), rng.standard_normal(v.shape)
 
