@@ -33,4 +33,5 @@ class Orthant:
 
     def project_linearized(self, ops, lin, v, order):
         (diagonal,) = lin
-        return diagonal * v
+        # Not `diagonal * v`: XLA makes a choice of the product with a mask and loses NaN.
+        return ops.where(diagonal > 0, v, 0.0 * v)

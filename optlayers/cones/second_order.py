@@ -73,7 +73,8 @@ class SecondOrder:
         r = scale * ops.sqrt(ops.where(between, squared, 1.0))
         height = (r + t) / 2
         middle = ops.concat([height, height / r * w], axis=-1)
-        return ops.where(between, middle, minus * v)
+        # Not `minus * v`: XLA makes a choice of the product with a mask and loses NaN.
+        return ops.where(between, middle, ops.where(minus > 0, v, 0.0 * v))
 
 
 def _largest(ops, w):

@@ -1,6 +1,7 @@
 """Cones: projections against Moreau's conditions and CVXPY, derivatives against differences."""
 
 import pickle
+from functools import cache, partial
 
 import cvxpy as cp
 import numpy as np
@@ -11,6 +12,16 @@ from optlayers.cones import Cones
 
 # Every family; equal cones apart from one another.
 ALL = Cones(1, 2, (3, 1, 4, 3), (3, 2, 3), 2, ((0.3, 0.7), (0.2, 0.3, 0.5), (0.9, 0.1)))
+
+
+def quick_options(jax):
+    """XLA without the optimisations that cost most of the time of these tests, where it knows the options."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(abs, compiler_options=options)(1.0)
+    except Exception:
+        return {}
+    return options
 
 
 class Numeric:
@@ -25,13 +36,14 @@ class Numeric:
         else:
             import jax
 
-            self.array, self.compile, self.transforms = jax.numpy.asarray, jax.jit, jax
+            self.array, self.transforms = jax.numpy.asarray, jax
+            self.compile = partial(jax.jit, compiler_options=quick_options(jax))
         self.compiled = {}
 
     def call(self, function, *args, key=None):
         """A list of arrays, or an array. All `args` are batches; functions of one `key` are the same."""
         batch = len(args[0])
-        size = next(n for n in (0, 16, 256, 4096, 16384) if n >= batch)
+        size = next(n for n in (0, 256, 4096, 16384) if n >= batch)
         padded = [np.concatenate([x, np.zeros((size - batch, *x.shape[1:]), x.dtype)]) for x in args]
         function = self.compiled.setdefault(key or function, self.compile(function))
         outputs = function(*map(self.array, padded))
@@ -73,9 +85,12 @@ class Numeric:
         return self.call(apply, v, *self.linearize(cones, v), key=("derivative", cones))
 
 
-@pytest.fixture(scope="session")
+numeric_of = cache(Numeric)
+
+
+@pytest.fixture
 def numeric(ops):
-    return Numeric(ops)
+    return numeric_of(ops)
 
 
 def pieces(cones):
@@ -387,7 +402,7 @@ def test_frameworks_agree(rng):
     v, dv, w = rng.standard_normal((3, 10, ALL.rows))
     in_torch, in_jax = (
         [f.project(ALL, v), f.derivative(ALL, v), *orders(f, ALL, v, dv, w)]
-        for f in map(Numeric, (torch, jax))
+        for f in map(numeric_of, (torch, jax))
     )
     for a, b in zip(in_torch, in_jax, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)

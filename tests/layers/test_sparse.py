@@ -139,7 +139,8 @@ def interior_points(cones):
 
 
 CONES = {
-    "soc": Cones(zero=1, nonneg=2, soc=(3, 5)),
+    "soc": Cones(soc=(3, 5)),
+    "mixed": Cones(zero=1, nonneg=2, soc=(4,)),
     "psd": Cones(nonneg=1, psd=(3,)),
     "exp": Cones(nonneg=1, exp=2),
     "pow": Cones(nonneg=1, pow=((0.3, 0.7),)),
@@ -249,8 +250,10 @@ def test_linear_programs_and_missing_arguments(frontend, rng):
     ones = frontend.array(np.ones(3))
     box = solve_qp(None, frontend.array(q), sp.eye_array(3), -ones, ones)
     assert_close(frontend.numpy(box.x), -np.sign(q), 1e-10)
-    free = solve_qp(sp.eye_array(3), frontend.array(q))
-    assert_close(frontend.numpy(free.x), -q, 1e-10)
+    for A in (None, sp.coo_array((0, 3)), sp.coo_array((2, 3))):
+        free = solve_qp(sp.eye_array(3), frontend.array(q), A)
+        assert_close(frontend.numpy(free.x), -q, 1e-10)
+        assert free.s.shape == free.y.shape == (0 if A is None else A.shape[0],)
 
 
 def test_redundant_rows_give_the_least_norm_derivative(frontend, rng):
