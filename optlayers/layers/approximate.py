@@ -152,18 +152,22 @@ def lpgd(
     """
 
     def backward(values, data, cotangents):
-        (x_bar, y_bar), data = cotangents, Problem(*data)
+        # All arrays come as arguments: JAX forbids a rule to close over traced ones.
+        *start, usable = values
+        x_bar, y_bar, data = cotangents[0], cotangents[2], Problem(*data)
+        q, b = (z[None] if z.ndim == 1 else z for z in (data.q, data.b))
         ends = []
         for t in (gradient.tau, -gradient.tau):
-            shifted = data._replace(q=data.q + t * x_bar, b=data.b - t * y_bar)
-            ends.append(_lagrangian_gradients(ops, solve, shifted, values))
-        solved = (usable & ends[0][0] & ends[1][0])[:, 0]
+            shifted = data._replace(q=q + t * x_bar, b=b - t * y_bar)
+            ends.append(_lagrangian_gradients(ops, solve, shifted, start))
+        solved = ((usable > 0) & ends[0][0] & ends[1][0])[:, 0]
         halves = (select(ops, solved, end[1], tuple(0 * g for g in end[1])) for end in ends)
         result = [(plus - minus) / (2 * gradient.tau) for plus, minus in zip(*halves, strict=True)]
         return [g if g.ndim == z.ndim else g.sum(0) for g, z in zip(result, data, strict=True)]
 
     x, s, y = point
-    x, _, y = ops.surrogate_gradient((x, s, y), tuple(data), lambda v, d, c: backward(v, d, (c[0], c[2])))
+    values = x, s, y, ops.cast(usable, x)
+    x, _, y, _ = ops.surrogate_gradient(values, tuple(data), backward)
     b = data.b[None] if data.b.ndim == 1 else data.b
     return x, b - matvec(data.A, x), y
 

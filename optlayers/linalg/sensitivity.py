@@ -3,8 +3,8 @@
 Where the solution is regular this is J^-1 with one step of refinement. Where solution or multipliers are not
 unique (redundant active rows, linear programs with an edge of solutions), J is singular and the derivative
 becomes the minimum-norm least-squares one. With M = (J + e S)^-1, S the sign of the regularisation, M r grows
-like 1 / e in the null space, but M J M r has no part there and is J^+ r up to O(e) on the rest; iterating on
-its residual makes the order e^3.
+like 1 / e in the null space, but M J M r has no part there and is J^+ r up to O(e) on the rest; two
+iterations on its residual make the order e^3.
 """
 
 from __future__ import annotations
