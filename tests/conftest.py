@@ -29,6 +29,19 @@ else:
 
 FRAMEWORKS = ("torch", "jax")
 
+# Nearly every test of these compiles a layer of its own, for ten seconds and more.
+COMPILED_ANEW = {
+    "test_batching.py",
+    "test_cone_layers.py",
+    "test_cones.py",
+    "test_cvxpy_layer.py",
+    "test_degenerate.py",
+    "test_gradients.py",
+    "test_outcomes.py",
+    "test_solvers.py",
+    "test_sparse.py",
+}
+
 
 @functools.cache
 def has_gpu():
@@ -43,8 +56,9 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker("slow_to_compile") and item.callspec.params["frontend"] == "jax":
-            item.add_marker("slow")
+        in_jax = hasattr(item, "callspec") and "jax" in item.callspec.id.split("-")
+        if in_jax and (item.get_closest_marker("slow_to_compile") or item.path.name in COMPILED_ANEW):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_setup(item):

@@ -189,6 +189,7 @@ def test_derivatives_of_both_orders_and_modes_in_torch(rng):
     assert autograd.gradgradcheck(solve, vectors, check_fwd_over_rev=True, **tolerance)
 
 
+@pytest.mark.slow
 def test_second_derivatives_in_jax(rng):
     jax = pytest.importorskip("jax")
     from frontends import FRONTENDS
