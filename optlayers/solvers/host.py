@@ -236,7 +236,8 @@ class OSQP(Host):
             raise ValueError("OSQP solves problems with linear constraints only; use Clarabel, SCS or ADMM")
         lower = np.where(np.arange(program.h.size) < program.equal, program.h, -np.inf)
         settings = {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": self.max_iter, "polishing": True}
-        settings["verbose"] = False
+        # Its own tolerances of infeasibility are ten times wider than those of `certify`.
+        settings |= {"eps_prim_inf": 1e-7, "eps_dual_inf": 1e-7, "verbose": False}
         solver = osqp.OSQP()
         # OSQP warns of the newer sparse arrays.
         P, G = sp.csc_matrix(sp.triu(program.P)), sp.csc_matrix(program.G)

@@ -35,7 +35,17 @@ def evaluate(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Arra
     primal_scale = ops.maximum(norm(ops, problem.b * primal_unit), norm(ops, Ax * primal_unit))
     dual = norm(ops, F[0] * dual_unit) / (1 + dual_scale)
     primal = norm(ops, F[1] * primal_unit) / (1 + primal_scale)
-    return F, ops.maximum(dual, primal)
+    return F, ops.where(_is_resolved(ops, cones, problem, scaling, s), ops.maximum(dual, primal), ops.inf)
+
+
+def _is_resolved(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, s: Array) -> Array:
+    """Whether the curved cones still see the data (B,): beside a slack of size 1 / sqrt(eps) they vanish.
+
+    Projections square their arguments, so that there, in |(1, x)| <= x say, any x would do: the iterates of
+    a problem that is infeasible by less than any number would pass for a solution.
+    """
+    size, data = norm(ops, (s / scaling.E)[:, problem.l.shape[-1] :]), norm(ops, problem.b / scaling.E)
+    return ops.eps(s) ** 0.5 * size <= 1 + data
 
 
 def smallest_regularization(ops: Ops, x: Array) -> float:

@@ -125,7 +125,7 @@ def test_field_of_the_record(solve, torch_frontend):
 
 @pytest.mark.parametrize(
     "solver, option, value",
-    [("CLARABEL", "tol_feas", 1e-2), ("SCS", "scale", 5.0), ("OSQP", "rho", 3.0)],
+    [("CLARABEL", "max_step_fraction", 0.5), ("SCS", "scale", 5.0), ("OSQP", "polishing", False)],
 )
 def test_option_of_the_library(solve, solver, option, value):
     """It arrives there: without refinement the answer is another one in its last digits."""
