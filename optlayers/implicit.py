@@ -5,10 +5,11 @@ Then chord steps are taken in ordinary operations of the framework,
 
     y <- y - J0^-1 F(y, theta),
 
-in which only F sees theta. Since F(y0, theta0) = 0 the value stays; but if y carries the derivatives of the
-root up to order k, then y - J0^-1 F(y, theta) carries them up to order k + 1, because the error of a chord
-step is (I - J0^-1 dF/dy) times the error of y, and that product gains one order. Reverse and forward mode,
-their nestings and vectorising maps follow from those of the framework.
+in which only F sees theta. Since F(y0, theta0) = 0 the value stays, and need not be computed: `Ops.increment`
+is J0^-1 in its derivatives alone. But if y carries the derivatives of the root up to order k, then
+y - J0^-1 F(y, theta) carries them up to order k + 1, because the error of a chord step is
+(I - J0^-1 dF/dy) times the error of y, and that product gains one order. Reverse and forward mode, their
+nestings and vectorising maps follow from those of the framework.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def attach(
 
     Args:
         residual: y to F(y, theta), written in differentiable operations of theta and y.
-        solve: r to J0^-1 r, linear in r, with J0^-1 constant.
+        solve: r to J0^-1 r, linear in r, with J0^-1 constant; or what has its derivatives and value zero.
         root: y0, detached.
         order: number of chord steps, at least 1.
     """
@@ -71,5 +72,9 @@ class Implicit:
             tangent = ops.frozen_jvp(residual, root)
             return lambda r: self.linear_solve(tangent, r)  # type: ignore[misc]
         factor = ops.lu_factor(ops.stop_gradient(ops.jacobian(residual, root)))
-        flat = (root.shape[0], -1, 1)
-        return lambda r: ops.reshape(ops.lu_solve(factor, ops.reshape(r, flat)), root.shape)
+
+        def invert(r, transposed, *factor):
+            column = ops.reshape(r, (r.shape[0], -1, 1))
+            return ops.reshape(ops.lu_solve(factor, column, transpose=transposed), r.shape)
+
+        return lambda r: ops.increment(invert, r, *factor)

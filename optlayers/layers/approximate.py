@@ -123,8 +123,6 @@ def smoothed(
     P, q, A, b, l, u = data
     n = q.shape[-1]
     x, v, cholesky, e, d = ops.leaf(_CentralPoint(gradient.mu), (*data, *point))
-    factor = Factor(cholesky, Linearization(d, 0 * d, ()), e)
-    P0, A0 = ops.stop_gradient(P), ops.stop_gradient(A)
     q, b, l, u = (z[None] if z.ndim == 1 else z for z in (q, b, l, u))
 
     def unpack(z):
@@ -136,9 +134,12 @@ def smoothed(
         F = ops.concat([matvec(P, x) + q + matvec(A.mT, y), matvec(A, x) + s - b], -1)
         return ops.where(usable, F, 0.0)
 
-    def inverse(r):
-        return -ops.concat(solve_refined(ops, Cones(), P0, A0, factor, (r[:, :n], r[:, n:])), -1)
+    def invert(r, transposed, P, A, cholesky, e, d):
+        factor = Factor(cholesky, Linearization(d, 0 * d, ()), e)
+        F = r[:, :n], r[:, n:]
+        return -ops.concat(solve_refined(ops, Cones(), P, A, factor, F, transposed), -1)
 
+    inverse = lambda r: ops.increment(invert, r, P, A, cholesky, e, d)
     central = unpack(attach(ops, residual, inverse, ops.concat([x, v], -1), order))
     return tuple(value + (z - ops.stop_gradient(z)) for value, z in zip(point, central, strict=True))
 

@@ -193,22 +193,25 @@ def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[A
         layer.solve, (*data, *warm)
     )
     P, q, A, b, l, u = _without(ops, status == Status.NON_FINITE.code, data)
-    factor = Factor(cholesky, unflatten(cones, flat), e)
+    linearization = unflatten(cones, flat)
     usable = is_usable(status)[:, None]
     regularity = Regularity(x_unique > 0, y_unique > 0)
     singular = usable[:, 0] & ~(regularity.x & regularity.y)
-    # J0 of the scaled problem, applied through the detached matrices of the unscaled one.
-    P0, A0 = Scaled(c * D, ops.stop_gradient(P), D), Scaled(E, ops.stop_gradient(A), D)
     q, b, l, u = (z[None] if z.ndim == 1 else z for z in (q, b, l, u))
     bounds = tuple(E[:, : bound.shape[-1]] * bound for bound in (l, u))
 
-    def inverse(r):
+    def invert(r, transposed, P, A, D, E, c, singular, cholesky, e, *flat):
+        # J0 of the scaled problem, applied through the matrices of the unscaled one.
+        P, A = Scaled(c * D, P, D), Scaled(E, A, D)
+        factor = Factor(cholesky, unflatten(cones, flat), e)
         F = r[:, :n], r[:, n:]
-        return -ops.concat(solve_sensitivity(ops, cones, P0, A0, factor, singular, F), -1)
+        return -ops.concat(solve_sensitivity(ops, cones, P, A, factor, singular, F, transposed), -1)
+
+    inverse = lambda r: ops.increment(invert, r, P, A, D, E, c, singular, cholesky, e, *flat)
 
     def unscale(z):
         v = z[:, n:]
-        s = project_linearized(ops, cones, bounds, factor.linearization, v, order)
+        s = project_linearized(ops, cones, bounds, linearization, v, order)
         return D * z[:, :n], s / E, (s - v) * E / c
 
     def residual(z):

@@ -102,28 +102,54 @@ def factorize_at(ops: Ops, cones: Cones, problem: Problem, linearization: Any, e
     return Factor(ops.cholesky(H), linearization, e)
 
 
-def solve(ops: Ops, cones: Cones, A: Array, factor: Factor, F: tuple[Array, Array]) -> tuple[Array, Array]:
-    """(dx, dv) with J (dx, dv) = -F up to the regularisation."""
-    T = lambda d: (1 - d) / (d + factor.e)
-    weighted = spectral(ops, cones, factor.linearization, T, F[1])
-    rhs = -F[0] - matvec(A.mT, weighted)
-    dx = ops.cholesky_solve(factor.cholesky, rhs[..., None])[..., 0]
+def solve(
+    ops: Ops, cones: Cones, A: Array, factor: Factor, F: tuple[Array, Array], transposed: bool = False
+) -> tuple[Array, Array]:
+    """(dx, dv) with J (dx, dv) = -F up to the regularisation, or the transpose of that map."""
+    weigh = lambda u: spectral(ops, cones, factor.linearization, lambda d: (1 - d) / (d + factor.e), u)
+    invert = lambda r: ops.cholesky_solve(factor.cholesky, r[..., None])[..., 0]
+    if transposed:
+        F2 = F[1] + weigh(F[1])
+        dx = invert(matvec(A.mT, F2) - F[0])
+        return dx, weigh(matvec(A, dx)) - F2
+    dx = invert(-F[0] - matvec(A.mT, weigh(F[1])))
     ds = -F[1] - matvec(A, dx)
-    return dx, ds + spectral(ops, cones, factor.linearization, T, ds)
+    return dx, ds + weigh(ds)
 
 
-def apply(ops: Ops, cones: Cones, P: Array, A: Array, linearization: Any, dx: Array, dv: Array):
-    """The exact J (dx, dv)."""
+def apply(
+    ops: Ops,
+    cones: Cones,
+    P: Array,
+    A: Array,
+    linearization: Any,
+    dx: Array,
+    dv: Array,
+    transposed: bool = False,
+) -> tuple[Array, Array]:
+    """The exact J (dx, dv), or with the transpose of J."""
+    if transposed:
+        Adx = matvec(A, dx)
+        image = spectral(ops, cones, linearization, lambda d: d, Adx + dv)
+        return matvec(P, dx) + matvec(A.mT, dv), image - Adx
     ds = spectral(ops, cones, linearization, lambda d: d, dv)
     return matvec(P, dx) + matvec(A.mT, ds - dv), matvec(A, dx) + ds
 
 
-def solve_refined(ops: Ops, cones: Cones, P: Array, A: Array, factor: Factor, F: tuple[Array, Array]):
+def solve_refined(
+    ops: Ops,
+    cones: Cones,
+    P: Array,
+    A: Array,
+    factor: Factor,
+    F: tuple[Array, Array],
+    transposed: bool = False,
+) -> tuple[Array, Array]:
     """As `solve`, followed by one step of iterative refinement with the exact J.
 
     The regularisation e leaves a relative error of order e times the condition number; the step squares it.
     """
-    dx, dv = solve(ops, cones, A, factor, F)
-    J1, J2 = apply(ops, cones, P, A, factor.linearization, dx, dv)
-    ddx, ddv = solve(ops, cones, A, factor, (F[0] + J1, F[1] + J2))
+    dx, dv = solve(ops, cones, A, factor, F, transposed)
+    J1, J2 = apply(ops, cones, P, A, factor.linearization, dx, dv, transposed)
+    ddx, ddv = solve(ops, cones, A, factor, (F[0] + J1, F[1] + J2), transposed)
     return dx + ddx, dv + ddv

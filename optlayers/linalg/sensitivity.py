@@ -57,24 +57,35 @@ def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[Ar
 
 
 def solve_sensitivity(
-    ops: Ops, cones: Cones, P: Array, A: Array, factor: Factor, singular: Array, F: tuple[Array, Array]
+    ops: Ops,
+    cones: Cones,
+    P: Array,
+    A: Array,
+    factor: Factor,
+    singular: Array,
+    F: tuple[Array, Array],
+    transposed: bool = False,
 ) -> tuple[Array, Array]:
-    """(dx, dv) with J (dx, dv) = -F, in the sense of least squares for the `singular` problems (B,)."""
-    M = lambda F: solve(ops, cones, A, factor, F)
-    J = lambda d: apply(ops, cones, P, A, factor.linearization, *d)
+    """(dx, dv) with J (dx, dv) = -F, in the sense of least squares for the `singular` problems (B,).
+
+    With `transposed`, the transpose of that map.
+    """
+    M = lambda F: solve(ops, cones, A, factor, F, transposed)
+    J = lambda d: apply(ops, cones, P, A, factor.linearization, *d, transposed)
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])
-    minus = lambda a: (-a[0], -a[1])
 
     def refined(F):
-        d = M(F)
-        return add(d, M(add(F, J(d))))
+        return solve_refined(ops, cones, P, A, factor, F, transposed)
 
     def least_squares(F):
-        projected = lambda F: M(minus(J(M(F))))
-        d = projected(F)
-        for _ in range(2):
-            d = add(d, projected(add(F, J(d))))
-        return d
+        # With the residual in the state one body serves the first solve and the iterations on its residual.
+        def improve(state):
+            d, residual = state
+            first = J(M(residual))
+            d = add(d, M((-first[0], -first[1])))
+            return d, add(F, J(d))
+
+        return ops.repeat(3, improve, ((0 * F[0], 0 * F[1]), F))[0]
 
     def both(F):
         return select(ops, singular, least_squares(F), refined(F))

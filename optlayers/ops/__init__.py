@@ -152,6 +152,17 @@ class Ops(Protocol):
         """The map dx to (d function / dx at x) dx with constant coefficients, linear in dx."""
         ...
 
+    def increment(self, solve: Callable[..., Array], r: Array, *frozen: Array) -> Array:
+        """Zero, whose derivative in r is a linear map: solve(r, False, *frozen) of a tangent.
+
+        Nothing is computed before a derivative is. All modes nest to any order; `frozen` are constants.
+
+        Args:
+            solve: (r, transposed, *frozen) to a linear map of r, or to its transpose. With `frozen` it has
+                all arrays that it needs.
+        """
+        ...
+
     def jacobian(self, function: Callable, x: Array) -> Array:
         """Jacobians (B, k, k) of a map of (B, ...) to itself that treats each row of the batch by itself."""
         ...

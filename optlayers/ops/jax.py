@@ -140,6 +140,21 @@ def frozen_jvp(function, x):
     return lambda dx: jax.jvp(function, (lax.stop_gradient(x),), (dx,))[1]
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _increment(solve, r, frozen):
+    return jnp.zeros_like(r)
+
+
+@_increment.defjvp
+def _(solve, primals, tangents):
+    r, frozen = primals
+    return _increment(solve, r, frozen), solve(tangents[0], False, *map(lax.stop_gradient, frozen))
+
+
+def increment(solve, r, *frozen):
+    return _increment(solve, r, tuple(map(lax.stop_gradient, frozen)))
+
+
 def jacobian(function, x):
     size = math.prod(x.shape[1:])
 

@@ -345,28 +345,30 @@ def _explicit(function, x):
 
 
 class _Increment(torch.autograd.Function):
-    """Zero, with J^-1 or its transpose as derivative in r; see `Ops.solve_increment`."""
+    """Zero, with a linear map or its transpose as derivative in r; see `Ops.increment`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(r, function, solve, transposed, x, *used):
+    def forward(r, solve, transposed, *frozen):
         return torch.zeros_like(r)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.function, ctx.solve, ctx.transposed, *tensors = inputs
+        _, ctx.solve, ctx.transposed, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def _solve(ctx, transposed, r):
-        return _linear_solve(r, ctx.function, ctx.solve, transposed, *ctx.saved_tensors)
+        with _undifferentiated():
+            solution = ctx.solve(r.detach(), transposed, *ctx.saved_tensors).detach()
+        return solution + _Increment.apply(r, ctx.solve, transposed, *ctx.saved_tensors)
 
     @staticmethod
     def backward(ctx, gradient):
         solution = _Increment._solve(ctx, not ctx.transposed, gradient)
-        return solution, *[None] * (len(ctx.saved_tensors) + 3)
+        return solution, *[None] * (len(ctx.saved_tensors) + 2)
 
     @staticmethod
     def jvp(ctx, tangent, *_):
@@ -375,15 +377,17 @@ class _Increment(torch.autograd.Function):
             return _Increment._solve(ctx, ctx.transposed, tangent)
 
 
-def _linear_solve(r, function, solve, transposed, x, *used):
-    with _undifferentiated():
-        solution = solve(_linear_map(lambda z: function(z, *used), x, transposed), r.detach()).detach()
-    return solution + _Increment.apply(r, function, solve, transposed, x, *used)
+def increment(solve, r, *frozen):
+    return _Increment.apply(r, solve, False, *(x.detach() for x in frozen))
 
 
 def solve_increment(function, x, solve, r):
     explicit, used = _explicit(function, x.detach())
-    return _Increment.apply(r, explicit, solve, False, x.detach(), *used)
+
+    def invert(r, transposed, x, *used):
+        return solve(_linear_map(lambda z: explicit(z, *used), x, transposed), r)
+
+    return increment(invert, r, x, *used)
 
 
 # A custom operator takes tensors and numbers only, so a leaf travels as its number in this table. Equal
