@@ -26,6 +26,13 @@ class Status(Enum):
         "iteration limit reached before convergence; raise `max_iter`, scale the data, or try another solver"
     )
     NON_FINITE = "the data contain NaN or infinity"
+    STEP_LIMIT = (
+        "step limit reached before the last time; raise `max_steps`, loosen `rtol` and `atol`, or take an "
+        "implicit method if the equation is stiff"
+    )
+    STEP_UNDERFLOW = (
+        "the step size fell to rounding: a singularity, a right-hand side that jumps, or tolerances too tight"
+    )
 
     @property
     def code(self) -> int:

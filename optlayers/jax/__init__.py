@@ -5,6 +5,7 @@ from ..layers.approximate import LPGD, Smoothed
 from ..layers.conic import ConicSolution
 from ..layers.cvxpy import Solution
 from ..layers.fixed_point import Exact, FixedPointInfo, Neumann, OneStep, Phantom, Shine
+from ..layers.ode import ODEInfo
 from ..solvers.admm import ADMM
 from ..solvers.fixed_point import Anderson, Broyden, NewtonKrylov, Picard
 from ..solvers.host import OSQP, SCS, Clarabel
@@ -15,6 +16,7 @@ from .deq import DEQ
 from .direct import solve_conic, solve_qp
 from .fixed_point import fixed_point
 from .implicit import implicit
+from .ode import ODE, odeint
 
 __all__ = [
     "ADMM",
@@ -31,6 +33,8 @@ __all__ = [
     "InteriorPoint",
     "Neumann",
     "NewtonKrylov",
+    "ODE",
+    "ODEInfo",
     "OSQP",
     "OneStep",
     "Phantom",
@@ -43,6 +47,7 @@ __all__ = [
     "Status",
     "fixed_point",
     "implicit",
+    "odeint",
     "solve_conic",
     "solve_qp",
 ]

@@ -221,6 +221,57 @@ class MatrixFreeOps(Ops, Protocol):
         """
         ...
 
+    def take_rows(self, x: Array, rows: Array) -> Array:
+        """x[b, rows[b, i]], for x (B, n, ...) and rows (B, m)."""
+        ...
+
+    def put_rows(self, x: Array, rows: Array, values: Array) -> Array:
+        """`x` with x[b, rows[b, i]] = values[b, i]; where nothing is recorded, `x` itself is overwritten."""
+        ...
+
+    def rows(self, like: Array, limit: int) -> Array:
+        """Room for rows like those of `like` (B, ...), put at 0, 1, ... < limit: an array (B, n, ...)."""
+        ...
+
+    def grown(self, x: Array, k: Any) -> Array:
+        """`x`, made by `rows`, with room for row k of each sample."""
+        ...
+
+    def weighted_sum(self, weights: Sequence[float], arrays: Sequence[Array]) -> Array: ...
+    def largest(self, x: Array) -> Any:
+        """The largest of the integers x, under a vectorising map in any of its calls: for `repeat`."""
+        ...
+
+    def explicit(
+        self, functions: Sequence[Callable], examples: Sequence[Sequence[Array]]
+    ) -> tuple[list[Callable], list[Array]]:
+        """Functions (*arguments, theta), and the arrays theta that they close over and may be differentiated
+        in.
+
+        Args:
+            functions: functions of arrays.
+            examples: arguments of each.
+        """
+        ...
+
+    def vjp(self, function: Callable, x: Array, live: Sequence[Array]) -> tuple[Any, Callable]:
+        """`function(x, live)`, a tuple of arrays, and its transposed derivative.
+
+        That maps the cotangents to those of x and, as a list with None for whom nothing depends on, of live.
+        """
+        ...
+
+    def replayed(
+        self, values: Sequence[Array], replay: Callable, sweep: Callable, inputs: Sequence[Array]
+    ) -> Sequence[Array]:
+        """`values`, known to be `replay(inputs)`, with its first derivatives.
+
+        Args:
+            replay: need not be differentiable in reverse mode.
+            sweep: (inputs, cotangents of the values) to the cotangents of the inputs.
+        """
+        ...
+
     def reported(self, x: Array, failed: Array, function: Callable, *arrays: Array) -> Array:
         """`x`, of which the rows `failed` are wrong: `function` of NumPy values tells the user.
 

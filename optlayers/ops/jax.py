@@ -191,6 +191,74 @@ def solve_increment(function, x, solve, r):
     )
 
 
+def take_rows(x, rows):
+    return jnp.take_along_axis(x, rows.reshape(rows.shape + (1,) * (x.ndim - 2)), 1)
+
+
+def put_rows(x, rows, values):
+    return x.at[jnp.arange(x.shape[0])[:, None], rows].set(values)
+
+
+def rows(like, limit):
+    return lax.empty((like.shape[0], limit, *like.shape[1:]), like.dtype)
+
+
+def grown(x, k):
+    return x
+
+
+def weighted_sum(weights, arrays):
+    terms = [w * x for w, x in zip(weights, arrays, strict=True) if w != 0]
+    return builtins.sum(terms[1:], terms[0])
+
+
+largest = jnp.max
+
+
+def explicit(functions, examples):
+    converted, theta = [], []
+    for function, arguments in zip(functions, examples, strict=True):
+        pure, constants = jax.closure_convert(function, *arguments)
+        place = slice(len(theta), len(theta) + len(constants))
+        converted.append(lambda *args, pure=pure, place=place: pure(*args[:-1], *args[-1][place]))
+        theta += [jnp.asarray(c) for c in constants]
+    return converted, theta
+
+
+def vjp(function, x, live):
+    return jax.vjp(function, x, list(live))
+
+
+def replayed(values, replay, sweep, inputs):
+    # A linear map M with a transpose of its own is what JAX's custom_linear_solve offers: for the solution
+    # (M s, s) of out - M in = 0, in = s. It never multiplies by the matrix, whose derivatives are not asked
+    # for.
+    frozen = [lax.stop_gradient(x) for x in inputs]
+
+    def tangents(changes):
+        return jax.jvp(lambda *x: tuple(replay(list(x))), tuple(frozen), tuple(changes))[1]
+
+    def solve(_, rhs):
+        outputs, changes = rhs
+        add = lambda: tuple(o + d for o, d in zip(outputs, tangents(changes), strict=True))
+        # The right-hand side is zero but in derivatives.
+        is_derivative = jnp.stack([jnp.any(x != 0) for x in changes]).any()
+        return lax.cond(is_derivative, add, lambda: outputs), changes
+
+    def solve_transposed(_, rhs):
+        outputs, changes = rhs
+        swept = sweep(frozen, outputs)
+        return outputs, tuple(c + s for c, s in zip(changes, swept, strict=True))
+
+    zeros = [jnp.where(jnp.isfinite(x), x - lax.stop_gradient(x), 0) for x in inputs]
+    # All of the right-hand side is formally a function of all inputs: JAX 0.10 fails if a part is of none.
+    anchor = builtins.sum([0 * jnp.sum(x).astype(values[0].dtype) for x in zeros])
+    zeros = tuple(x + anchor.astype(x.dtype) for x in zeros)
+    none = tuple(jnp.zeros_like(v) + anchor for v in values)
+    changes, _ = lax.custom_linear_solve(lambda x: x, (none, zeros), solve, solve_transposed)
+    return [lax.stop_gradient(v) + c for v, c in zip(values, changes, strict=True)]
+
+
 def reported(x, failed, function, *arrays):
     # Not jax.debug.callback, which multiplied the compilation time of second derivatives by six.
     on_host(function, *arrays)

@@ -208,7 +208,7 @@ def _detach(tree):
 
 
 def call_detached(function, *args):
-    with torch.no_grad():
+    with _undifferentiated():
         return _detach(function(*_detach(args)))
 
 
@@ -302,9 +302,12 @@ def _pull_back(y, x, weight, create_graph=False):
 class _Used(torch.overrides.TorchFunctionMode):
     """Finds the tensors that enter a computation and were neither given nor computed in it."""
 
-    def __init__(self, given):
+    def __init__(self, *given):
         super().__init__()
-        self.found, self.own = {}, {id(given): given}  # the tensors themselves, lest an id be used again
+        self.found, self.own = (
+            {},
+            {id(x): x for x in given},
+        )  # the tensors themselves, lest an id be used again
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         for x in torch.utils._pytree.tree_leaves((args, kwargs)):
@@ -388,6 +391,101 @@ def solve_increment(function, x, solve, r):
         return solve(_linear_map(lambda z: explicit(z, *used), x, transposed), r)
 
     return increment(invert, r, x, *used)
+
+
+def take_rows(x, rows):
+    rows = rows.reshape(rows.shape + (1,) * (x.ndim - 2))
+    return torch.gather(x, 1, rows.expand(*rows.shape[:2], *x.shape[2:]))
+
+
+def put_rows(x, rows, values):
+    place = (torch.arange(x.shape[0], device=x.device)[:, None], rows)
+    is_recorded = torch.is_grad_enabled() or _is_transformed()
+    return torch.index_put(x, place, values) if is_recorded else x.index_put_(place, values)
+
+
+def rows(like, limit):
+    return torch.zeros_like(like)[:, None].repeat_interleave(min(limit, 32), 1)
+
+
+def grown(x, k):
+    return x if k < x.shape[1] else torch.cat([x, torch.zeros_like(x)], 1)
+
+
+def weighted_sum(weights, arrays):
+    terms = [(w, x) for w, x in zip(weights, arrays, strict=True) if w != 0]
+    total = terms[0][0] * terms[0][1]
+    for w, x in terms[1:]:
+        total = torch.add(total, x, alpha=w)
+    return total
+
+
+def largest(x):
+    return _outside(lambda x: int(x.max()), x)
+
+
+def explicit(functions, examples):
+    given = [x for arguments in examples for x in arguments]
+    if _is_dual():
+        return [lambda *args, f=f: f(*args[:-1]) for f in functions], []
+    with _undifferentiated(), _Used(*given) as mode:
+        for function, arguments in zip(functions, examples, strict=True):
+            function(*arguments)
+    theta = [x for x in mode.found.values() if x.requires_grad and torch.is_grad_enabled()]
+    ids = [id(x) for x in theta]
+
+    def call(function, *args):
+        *args, others = args
+        if ids == [id(x) for x in others]:
+            return function(*args)
+        with _Replaced(ids, others) as mode:
+            return mode.replace(function(*args))
+
+    return [lambda *args, f=f: call(f, *args) for f in functions], theta
+
+
+def _is_dual() -> bool:
+    """Whether derivatives are taken by other means than the tape."""
+    return _is_transformed() or forward_ad._current_level >= 0
+
+
+def vjp(function, x, live):
+    wanted = [i for i, y in enumerate(live) if y.requires_grad]
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        outputs = function(x, live)
+
+    def pull(cotangents):
+        pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
+        sources = [x, *[live[i] for i in wanted]]
+        differentiable, weights = zip(*pairs, strict=True)
+        x_bar, *rest = torch.autograd.grad(differentiable, sources, weights, allow_unused=True)
+        bars = [None] * len(live)
+        for i, bar in zip(wanted, rest, strict=True):
+            bars[i] = bar
+        return x_bar, bars
+
+    return outputs, pull
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, sweep, *inputs):
+        ctx.sweep = sweep
+        ctx.save_for_backward(*inputs)
+        return tuple(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        # What was computed is cut off from its history: it may depend on another input, whose share would be
+        # counted twice.
+        inputs = [x if x.is_leaf else x.detach().requires_grad_() for x in ctx.saved_tensors]
+        return None, None, *ctx.sweep(inputs, cotangents)
+
+
+def replayed(values, replay, sweep, inputs):
+    return replay(inputs) if _is_dual() else _Replayed.apply(values, sweep, *inputs)
 
 
 # A custom operator takes tensors and numbers only, so a leaf travels as its number in this table. Equal

@@ -1,0 +1,90 @@
+"""Differential equations, in JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jax import Array
+
+from ..docstring import continues
+from ..layers.ode import InitialValueProblem, Jumps, ODEInfo, ode_doc, odeint_doc
+from ..ops import jax as ops
+from ..solvers.tableaux import Tableau
+
+
+def _jumps(jumps: Jumps | None) -> Jumps | None:
+    """With the argument order of the shared code."""
+    return jumps and (jumps[0], lambda t, y, j: jumps[1](y, t, j), *jumps[2:])
+
+
+@continues(odeint_doc)
+def odeint(
+    func: Callable,
+    y0: Any,
+    t: Array,
+    *args: Any,
+    rtol: float | None = None,
+    atol: float | None = None,
+    method: str | Tableau = "dopri5",
+    jumps: Jumps | None = None,
+    step_size: float | None = None,
+    first_step: float | None = None,
+    max_steps: int = 1024,
+    order: int = 1,
+    on_failure: str = "raise",
+    return_info: bool = False,
+) -> Any:
+    """
+    As in `jax.experimental.ode`, func is called with (y, t, *args); the function of the jumps with (y, t, j),
+    where j (B,) numbers the jump of each sample. Under a transformation nothing can be raised: there the
+    policy "raise" acts as "nan".
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from optlayers.jax import odeint
+        >>> end = lambda rate: odeint(lambda y, t: rate * y, jnp.ones(()), jnp.array([0.0, 1.0]))[-1]
+        >>> y, rate_bar = jax.value_and_grad(end)(-1.0)
+        >>> round(y.item(), 4), round(rate_bar.item(), 4)
+        (0.3679, 0.3679)
+    """
+    problem = InitialValueProblem(method, rtol, atol, step_size, first_step, max_steps, order, on_failure)
+    y, info = problem(ops, lambda t, y: func(y, t, *args), y0, t, _jumps(jumps))
+    return (y, info) if return_info else y
+
+
+@continues(ode_doc)
+class ODE:
+    """
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optlayers.jax import ODE
+        >>> ode = ODE(lambda y, t, W: jnp.tanh(y @ W))
+        >>> ode(jnp.ones((3, 2)), jnp.linspace(0, 1, 5), 0.3 * jnp.eye(2)).shape
+        (5, 3, 2)
+    """
+
+    def __init__(
+        self,
+        func: Callable,
+        *,
+        rtol: float | None = None,
+        atol: float | None = None,
+        method: str | Tableau = "dopri5",
+        step_size: float | None = None,
+        first_step: float | None = None,
+        max_steps: int = 1024,
+        order: int = 1,
+        on_failure: str = "raise",
+    ):
+        self.func = func
+        self.settings = InitialValueProblem(
+            method, rtol, atol, step_size, first_step, max_steps, order, on_failure
+        )
+
+    def solve(self, y0: Any, t: Array, *args: Any, jumps: Jumps | None = None) -> tuple[Any, ODEInfo]:
+        """The solution, and what became of each sample."""
+        return self.settings(ops, lambda t, y: self.func(y, t, *args), y0, t, _jumps(jumps))
+
+    def __call__(self, y0: Any, t: Array, *args: Any, jumps: Jumps | None = None) -> Any:
+        return self.solve(y0, t, *args, jumps=jumps)[0]
