@@ -8,6 +8,13 @@ from typing import Any
 from jax import Array
 
 from ..docstring import continues
+from ..layers.control_path import (
+    ControlPath,
+    build_path,
+    cdeint_doc,
+    control_path_doc,
+    controlled_field,
+)
 from ..layers.ode import InitialValueProblem, Jumps, ODEInfo, ode_doc, odeint_doc
 from ..ops import jax as ops
 from ..solvers.tableaux import Tableau
@@ -88,3 +95,33 @@ class ODE:
 
     def __call__(self, y0: Any, t: Array, *args: Any, jumps: Jumps | None = None) -> Any:
         return self.solve(y0, t, *args, jumps=jumps)[0]
+
+
+@continues(control_path_doc)
+def control_path(t: Array, x: Array, interpolation: str = "hermite", with_time: bool = True) -> ControlPath:
+    """
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optlayers.jax import control_path
+        >>> X = control_path(jnp.array([0.0, 1.0, 3.0]), jnp.array([[0.0], [jnp.nan], [6.0]]))
+        >>> X.evaluate(1.0).tolist()
+        [1.0, 2.0]
+    """
+    return build_path(ops, t, x, interpolation, with_time)
+
+
+@continues(cdeint_doc)
+def cdeint(f: Callable, z0: Array, X: ControlPath, t: Array | None = None, *args: Any, **options: Any) -> Any:
+    """
+    f is called with (z, t, *args).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optlayers.jax import cdeint, control_path
+        >>> X = control_path(jnp.linspace(0, 1, 5), jnp.ones((3, 5, 2)))
+        >>> f = lambda z, t, W: jnp.tanh(z @ W).reshape(3, 4, 3)
+        >>> cdeint(f, jnp.zeros((3, 4)), X, None, 0.1 * jnp.ones((4, 12))).shape
+        (3, 2, 4)
+    """
+    field = controlled_field(lambda t, z: f(z, t, *args), X)
+    return odeint(lambda z, t: field(t, z), z0, X.interval if t is None else t, **options)

@@ -88,6 +88,10 @@ class Ops(Protocol):
         """Entries of one axis, the last one by default."""
         ...
 
+    def argsort(self, x: Array) -> Array:
+        """Indices that sort the last axis, ascending."""
+        ...
+
     def scatter_add(self, values: Array, indices: Array, size: int) -> Array:
         """Sum of `values` (..., k) into a last axis of length `size`, entry j at `indices[j]`."""
         ...

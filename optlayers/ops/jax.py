@@ -69,6 +69,10 @@ def take(x, indices, axis=-1):
     return jnp.take(x, indices, axis=axis)
 
 
+def argsort(x):
+    return to_int(jnp.argsort(x, -1))
+
+
 def scatter_add(values, indices, size):
     zeros = jnp.zeros((*values.shape[:-1], size), dtype=values.dtype)
     return zeros.at[..., indices].add(values)

@@ -106,6 +106,10 @@ def take(x, indices, axis=-1):
     return torch.index_select(x, axis, indices)
 
 
+def argsort(x):
+    return torch.argsort(x, -1)
+
+
 def scatter_add(values, indices, size):
     zeros = torch.zeros((*values.shape[:-1], size), dtype=values.dtype, device=values.device)
     return torch.index_add(zeros, -1, indices, values)

@@ -3,6 +3,7 @@
 from ..cones import Cones
 from ..layers.approximate import LPGD, Smoothed
 from ..layers.conic import ConicSolution
+from ..layers.control_path import ControlPath
 from ..layers.cvxpy import Solution
 from ..layers.fixed_point import Exact, FixedPointInfo, Neumann, OneStep, Phantom, Shine
 from ..layers.ode import ODEInfo
@@ -16,7 +17,7 @@ from .deq import DEQ
 from .direct import solve_conic, solve_qp
 from .fixed_point import fixed_point
 from .implicit import implicit
-from .ode import ODE, odeint
+from .ode import ODE, cdeint, control_path, odeint
 
 __all__ = [
     "ADMM",
@@ -26,6 +27,7 @@ __all__ = [
     "Clarabel",
     "Cones",
     "ConicSolution",
+    "ControlPath",
     "CvxpyLayer",
     "DEQ",
     "Exact",
@@ -45,6 +47,8 @@ __all__ = [
     "Smoothed",
     "SolveError",
     "Status",
+    "cdeint",
+    "control_path",
     "fixed_point",
     "implicit",
     "odeint",

@@ -8,6 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..docstring import continues
+from ..layers.control_path import (
+    ControlPath,
+    build_path,
+    cdeint_doc,
+    control_path_doc,
+    controlled_field,
+)
 from ..layers.ode import InitialValueProblem, Jumps, ODEInfo, ode_doc, odeint_doc
 from ..ops import torch as ops
 from ..solvers.tableaux import Tableau
@@ -85,3 +92,35 @@ class ODE(nn.Module):
 
     def forward(self, y0: Any, t: Tensor, *args: Any, jumps: Jumps | None = None) -> Any:
         return self.solve(y0, t, *args, jumps=jumps)[0]
+
+
+@continues(control_path_doc)
+def control_path(t: Tensor, x: Tensor, interpolation: str = "hermite", with_time: bool = True) -> ControlPath:
+    """
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import control_path
+        >>> X = control_path(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([[0.0], [float("nan")], [6.0]]))
+        >>> X.evaluate(torch.tensor(1.0))
+        tensor([1., 2.])
+    """
+    return build_path(ops, t, x, interpolation, with_time)
+
+
+@continues(cdeint_doc)
+def cdeint(
+    f: Callable, z0: Tensor, X: ControlPath, t: Tensor | None = None, *args: Any, **options: Any
+) -> Any:
+    """
+    f is called with (t, z, *args).
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import cdeint, control_path
+        >>> X = control_path(torch.linspace(0, 1, 5), torch.randn(3, 5, 2))
+        >>> linear = torch.nn.Linear(4, 4 * 3)
+        >>> cdeint(lambda t, z: torch.tanh(linear(z)).reshape(3, 4, 3), torch.zeros(3, 4), X).shape
+        torch.Size([3, 2, 4])
+    """
+    field = controlled_field(lambda t, z: f(t, z, *args), X)
+    return odeint(field, z0, X.interval if t is None else t, **options)
