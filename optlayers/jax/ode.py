@@ -104,7 +104,7 @@ def control_path(t: Array, x: Array, interpolation: str = "hermite", with_time: 
         >>> import jax.numpy as jnp
         >>> from optlayers.jax import control_path
         >>> X = control_path(jnp.array([0.0, 1.0, 3.0]), jnp.array([[0.0], [jnp.nan], [6.0]]))
-        >>> X.evaluate(1.0).tolist()
+        >>> X.evaluate(jnp.array(1.0)).tolist()
         [1.0, 2.0]
     """
     return build_path(ops, t, x, interpolation, with_time)

@@ -117,7 +117,7 @@ class _Batch:
         if t.ndim not in (1, 2) or t.shape[-1] == 0:
             raise ValueError(f"t must have the axes (T,) or (B, T), at least one time; got {tuple(t.shape)}")
         self.ops, self.is_single = ops, t.ndim == 1
-        leaves, rebuild = ops.tree_flatten(y0)
+        y, (leaves, rebuild) = y0, ops.tree_flatten(y0)
         if self.is_single:
             y0 = rebuild([x[None] for x in leaves])
         elif any(x.ndim == 0 or x.shape[0] != t.shape[0] for x in leaves):
@@ -126,7 +126,8 @@ class _Batch:
         self.start, unflatten = flatten_state(ops, y0)
         self.rank = leaves[0].ndim
         self._shapes = [tuple(x.shape) if self.is_single else tuple(x.shape[1:]) for x in leaves]
-        self._rebuild = rebuild
+        self._wanted = [tuple(x.shape) for x in leaves]
+        self._rebuild, self._is_array = rebuild, len(leaves) == 1 and leaves[0] is y
 
     def times(self, t: Array) -> Array:
         t = self.ops.cast(t, self.start)
@@ -134,8 +135,11 @@ class _Batch:
 
     def state(self, y: Array) -> Any:
         """The user's state, of y (..., k); (1, k) has no batch axis where there is none."""
+        lead = tuple(y.shape[1:-1] if self.is_single else y.shape[:-1])
+        if self._is_array:
+            return self.ops.reshape(y, (*lead, *self._shapes[0]))
         y = y[0] if self.is_single else y
-        lead, parts, place = tuple(y.shape[:-1]), [], 0
+        parts, place = [], 0
         for shape in self._shapes:
             size = math.prod(shape)
             parts.append(self.ops.reshape(y[..., place : place + size], (*lead, *shape)))
@@ -151,12 +155,10 @@ class _Batch:
 
     def matrix(self, tree: Any, name: str) -> Array:
         """(B, k), of a value of the user's functions."""
-        leaves = self.ops.tree_flatten(tree)[0]
-        lead = () if self.is_single else (self.start.shape[0],)
-        wanted = [(*lead, *shape) for shape in self._shapes]
-        if [tuple(x.shape) for x in leaves] != wanted:
-            shapes = [tuple(x.shape) for x in leaves]
-            raise ValueError(f"{name} must have the shapes of y, {wanted}, but has {shapes}")
+        leaves = [tree] if self._is_array else self.ops.tree_flatten(tree)[0]
+        shapes = [tuple(x.shape) for x in leaves]
+        if shapes != self._wanted:
+            raise ValueError(f"{name} must have the shapes of y, {self._wanted}, but has {shapes}")
         flat = [self.ops.reshape(x, (self.start.shape[0], -1)) for x in leaves]
         return flat[0] if len(flat) == 1 else self.ops.concat(flat, 1)
 

@@ -256,12 +256,12 @@ class RungeKutta:
         return _size(ops, error / (self.atol + self.rtol * ops.maximum(abs(y), abs(y_new))))
 
     def _next_step(self, ops, h, h_full, lands, error, error_before, accepted):
-        """PI control (Gustafsson 1991)."""
+        """PI control (Gustafsson 1991), with the weights of Hairer, Norsett and Wanner (1993), II.4."""
         if not self.is_adaptive:
             return h_full
         order = self.tableau.order
         least = ops.maximum(error, 1e-10)
-        proportional = least ** (-0.7 / order) * error_before ** (0.4 / order)
+        proportional = least ** (-0.85 / order) * error_before ** (0.2 / order)
         growth = ops.where(accepted, proportional, least ** (-1 / order))
         growth = ops.where(
             ops.isfinite(growth), ops.minimum(ops.maximum(SAFETY * growth, LEAST), MOST), LEAST
