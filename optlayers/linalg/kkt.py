@@ -28,7 +28,8 @@ from .rows import linearize, spectral
 class Problem(NamedTuple):
     """minimise 1/2 x'Px + q'x subject to A x + s = b, l <= s <= u on the first k rows, s in K on the rest.
 
-    q (B, n), b (B, m), l and u (B, k); see `optlayers.linalg.rows`.
+    q (B, n), b (B, m), l and u (B, k), of which entries beside curved cones are 0 or infinite; see
+    `optlayers.linalg.rows`.
     """
 
     P: Array

@@ -6,7 +6,7 @@ A solver is an immutable record with
     init(ops, cones, problem, x, v, active) -> state    from a starting point, on the scaled problem
     step(ops, cones, problem, state) -> state       `check_every` iterations on the whole batch
     point(ops, cones, problem, state) -> (x, v)     the current primal-dual point
-    direction(state) -> Direction                   increments that diverge where there is no solution
+    direction(state) -> Direction                   a proof that there is no solution, in the limit
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RUNNING = -1
 
 
 class Direction(NamedTuple):
-    """Increments of x (B, n) and y (B, m)."""
+    """Directions of x (B, n) and y (B, m), which may prove that there is no solution."""
 
     dx: Array
     dy: Array
@@ -99,7 +99,7 @@ def run(
         point = solver.point(ops, cones, problem, state)
         best = refine(ops, cones, problem, scaling, best, point, solver.refine, target, running)
         status = ops.where(running & (best.residual <= accept), Status.SOLVED.code, status)
-        certificate = certify(ops, cones, problem, scaling, solver.direction(state))
+        certificate = certify(ops, cones, problem, solver.direction(state))
         status = ops.where(status == RUNNING, certificate, status)
         return k + 1, state, Progress(best, status, iterations)
 
@@ -119,33 +119,30 @@ def conclude(ops: Ops, progress: Progress, eps: float) -> Progress:
     return Progress(best, ops.where(status == RUNNING, rest, status), iterations)
 
 
-def certify(
-    ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, direction: Direction, eps: float = 1e-5
-) -> Array:
-    """Status code (B,) of infeasibility where the increments prove it, else RUNNING.
+def certify(ops: Ops, cones: Cones, problem: Problem, direction: Direction, eps: float = 1e-5) -> Array:
+    """Status code (B,) of infeasibility where the direction proves it, else RUNNING.
 
     Primal: A'y = 0 and b'y below the least s'y over the set of s. Dual: P x = 0, q'x < 0 and -A x a
-    direction in which that set is unbounded (Banjac et al. 2019). All in the units of the user's problem,
-    relative to the size of y and x.
+    direction in which that set is unbounded (Banjac et al. 2019). All relative to the size of y and x and in
+    the equilibrated problem: in the user's units 1e-6 x <= 1 would not stop a large x.
     """
-    D, E, c = scaling
     dx, dy = direction
-    y_size, x_size = norm(ops, E * dy), norm(ops, D * dx)
+    y_size, x_size = norm(ops, dy), norm(ops, dx)
     tiny = ops.eps(dx)
     Aty, Ax, Px = matvec(problem.A.mT, dy), matvec(problem.A, dx), matvec(problem.P, dx)
     least, outside = support(ops, cones, problem.bounds, dy)
     primal = (
         (y_size > tiny)
-        & (norm(ops, Aty / D) <= eps * y_size)
-        & (norm(ops, E * outside) <= eps * y_size)
+        & (norm(ops, Aty) <= eps * y_size)
+        & (norm(ops, outside) <= eps * y_size)
         & (ops.sum(problem.b * dy, -1) - least < -eps * y_size)
     )
     blocked = -Ax - recession(ops, cones, problem.bounds, -Ax)
     dual = (
         (x_size > tiny)
-        & (norm(ops, Px / (c * D)) <= eps * x_size)
-        & (norm(ops, blocked / E) <= eps * x_size)
-        & (ops.sum(problem.q * dx, -1) / c[:, 0] < -eps * x_size)
+        & (norm(ops, Px) <= eps * x_size)
+        & (norm(ops, blocked) <= eps * x_size)
+        & (ops.sum(problem.q * dx, -1) < -eps * x_size * norm(ops, problem.q))
     )
     code = ops.where(dual, Status.DUAL_INFEASIBLE.code, RUNNING)
     return ops.where(primal, Status.PRIMAL_INFEASIBLE.code, code)

@@ -39,14 +39,14 @@ class _State(NamedTuple):
     x: Array
     t: Array
     z: Array
+    r_dual: Array  # P x + q + A'y
+    r_sides: Array  # G x + t - h
     rho: Array
     delta: Array
     rho_floor: Array
     delta_floor: Array
     unit: Array  # what 1 stands for in delta and 1 / rho, see `_start`
     boost: Array  # factor on rho after failed factorisations
-    dx: Array  # last increments, from which infeasibility is certified
-    dz: Array
 
 
 class _Sides(NamedTuple):
@@ -58,10 +58,8 @@ class _Sides(NamedTuple):
 
 
 class _System(NamedTuple):
-    """The residuals and the factorised linear system at an iterate."""
+    """The factorised linear system at an iterate."""
 
-    r_dual: Array  # P x + q + A'y
-    r_sides: Array  # G x + t - h
     cholesky: Array
     rho: Array  # (B, 1, 1)
     weights: Array  # (B, 1, 3m)
@@ -104,14 +102,15 @@ class InteriorPoint:
         sides, one = _split(ops, problem), ops.full((x.shape[0], 1), 1.0, x)
         rho = self.regularization * one
         floors = RHO_FLOORS[0] * one, DELTA_FLOORS[0] * one
-        origin = _State(0 * x, sides.open, sides.open, rho, rho, *floors, one, one, 0 * x, 0 * sides.h)
+        cost, none = sides.cost * problem.q, 0 * sides.h
+        origin = _State(0 * x, sides.open, sides.open, cost, none, rho, rho, *floors, one, one)
         system = _factorize(ops, problem, sides, origin)
-        system = system._replace(r_dual=sides.cost * problem.q, r_sides=-sides.h)
-        x = self._solve(ops, problem, sides, origin, system, 0 * sides.h[:, None], self.linear_steps).dx[:, 0]
+        rhs = matvec(problem.A.mT, _gather(system.weights[:, 0] * sides.h)) - cost
+        x = ops.cholesky_solve(system.cholesky, rhs[..., None])[..., 0]
         t = sides.open * (sides.h - _spread(ops, matvec(problem.A, x)))
         size = ops.maximum(ops.sqrt(ops.sum(t * t, -1, keepdims=True) / sides.count), 1.0)
         unit = ops.minimum(ops.sqrt(ops.sqrt(size)), 100.0)
-        return origin._replace(
+        state = origin._replace(
             x=x,
             t=sides.open * ops.maximum(t, size),
             z=sides.open * ops.maximum(-t / ops.sqrt(size), ops.sqrt(size)),
@@ -121,6 +120,7 @@ class InteriorPoint:
             delta_floor=floors[1] * unit,
             unit=unit,
         )
+        return _with_residuals(ops, problem, sides, state)
 
     def step(self, ops: Ops, cones: Cones, problem: Problem, state: _State) -> _State:
         sides = _split(ops, problem)
@@ -132,30 +132,38 @@ class InteriorPoint:
         return state.x, ops.minimum(ops.maximum(s, problem.l), problem.u) - y
 
     def direction(self, state: _State) -> Direction:
-        return Direction(state.dx, _gather(state.dz))
+        # The diverging iterates turn into the direction sooner, and more steadily, than their increments.
+        return Direction(state.x, _gather(state.z))
 
     def _iterate(self, ops: Ops, problem: Problem, sides: _Sides, state: _State) -> _State:
+        """Mehrotra's step, or one towards the centre where that is longer: two right-hand sides.
+
+        The predictor goes through the same lines before them, as a pair of equal ones.
+        """
         system = _factorize(ops, problem, sides, state)
         t, z, count = state.t[:, None], (sides.open * state.z)[:, None], sides.count[:, None]
         mu = ops.sum(t * z, -1, keepdims=True) / count
-        affine = self._solve(ops, problem, sides, state, system, -t * z, self.linear_steps - 1)
-        length = _longest(ops, sides, state, affine, 1.0)
-        mu_affine = ops.sum((t + length * affine.dt) * (z + length * affine.dz), -1, keepdims=True) / count
-        sigma = ops.minimum(mu_affine / ops.where(mu > 0, mu, 1.0), 1.0) ** 3
-        target = ops.maximum(sigma * mu, _least_mu(ops, sides, state, system, mu))
-        # Mehrotra's step, and one towards the centre for where that is short: two right-hand sides.
-        second_order = affine.dt * affine.dz
-        goals = [target - second_order, ops.maximum(target, 0.3 * mu) + 0 * second_order]
-        rhs = sides.open[:, None] * (ops.concat(goals, 1) - t * z)
-        steps = self._solve(ops, problem, sides, state, system, rhs, self.linear_steps)
+        least = _least_mu(ops, sides, state, mu)
         tau = ops.where(mu < 0.1, ops.minimum(ops.maximum(1 - mu, 0.99), 1 - 1e-6), 0.95)
-        lengths = _longest(ops, sides, state, steps, tau)[..., 0]
-        first = (lengths[:, 0] >= 0.3) | (lengths[:, 0] >= lengths[:, 1])
-        step = _Step(*(select(ops, first, d[:, 0], d[:, 1]) for d in steps))
-        length = ops.where(first, lengths[:, 0], lengths[:, 1])[:, None]
-        return _advance(ops, problem, sides, state, system, step, length)
 
-    def _solve(self, ops: Ops, problem: Problem, sides: _Sides, state: _State, system: _System, rhs, repeats):
+        def solve(carry):
+            steps = self._solve(ops, problem, sides, state, system, carry[0])
+            lengths = _longest(ops, sides, state, steps, tau)
+            dt, dz, length = steps.dt[:, :1], steps.dz[:, :1], lengths[:, :1]
+            mu_affine = ops.sum((t + length * dt) * (z + length * dz), -1, keepdims=True) / count
+            sigma = ops.minimum(mu_affine / ops.where(mu > 0, mu, 1.0), 1.0) ** 3
+            target = ops.maximum(sigma * mu, least)
+            goals = [target - dt * dz, ops.maximum(target, 0.3 * mu) + 0 * dz]
+            return sides.open[:, None] * (ops.concat(goals, 1) - t * z), steps, lengths
+
+        pair = ops.concat([-t * z, -t * z], 1)
+        none = _Step(0 * ops.concat([state.x[:, None]] * 2, 1), pair, pair)
+        _, steps, lengths = ops.repeat(2, solve, (pair, none, pair[..., :1]))
+        first = ((lengths[:, 0] >= 0.3) | (lengths[:, 0] >= lengths[:, 1]))[:, 0]
+        step = _Step(*(select(ops, first, d[:, 0], d[:, 1]) for d in steps))
+        return _advance(ops, problem, sides, state, step, select(ops, first, lengths[:, 0], lengths[:, 1]))
+
+    def _solve(self, ops: Ops, problem: Problem, sides: _Sides, state: _State, system: _System, rhs) -> _Step:
         """Steps (B, k, .) that cancel the residuals with  t dz + z dt = rhs (B, k, 3m).
 
         A matrix of condition up to 1 / (rho delta) costs digits, which refinement on the two equations
@@ -165,28 +173,25 @@ class InteriorPoint:
         regains; of its iterates the one with the smallest error is kept.
         """
         P, A, cost = problem.P, problem.A, sides.cost[:, None]
-        r_dual, r_sides = system.r_dual[:, None], system.r_sides[:, None]
+        r_dual, r_sides = state.r_dual[:, None], state.r_sides[:, None]
         g_sides = r_sides + rhs / ops.where(sides.open > 0, state.z, 1.0)[:, None]
         W, Wg = _gather(system.weights, 1), _gather(system.weights * g_sides)
         compliance = ops.where(W > 0, 1 / ops.where(W > 0, W, 1.0), 0.0)
         r_dual = ops.broadcast_to(r_dual, (*rhs.shape[:2], r_dual.shape[-1]))
 
-        def solve(first, second):
-            dx = ops.cholesky_solve(system.cholesky, (first - second @ A).mT).mT
-            return dx, W * (dx @ A.mT) + second
-
-        def measured(dx, dy):
+        def improve(best):
+            dx, dy, first, second, error = best
+            ddx = ops.cholesky_solve(system.cholesky, (first - (W * second) @ A).mT).mT
+            dx, dy = dx + ddx, dy + W * (ddx @ A.mT + second)
             first = -r_dual - cost * (dx @ P.mT) - system.rho * dx - dy @ A
             second = ops.where(W > 0, dx @ A.mT + compliance * (Wg - dy), 0.0)
-            return dx, dy, first, second, ops.maximum(_size(ops, first), _size(ops, second))
+            new_error = ops.maximum(_size(ops, first), _size(ops, second))
+            # NaN, of a failed factorisation, is not a smaller error, but is to be seen.
+            new = dx, dy, first, second, new_error
+            return tuple(ops.where(new_error >= error, b, a) for a, b in zip(new, best, strict=True))
 
-        best = measured(*solve(-r_dual, Wg))
-        for _ in range(repeats):
-            dx, dy, first, second, error = best
-            ddx, ddy = solve(first, W * second)
-            new = measured(dx + ddx, dy + ddy)
-            best = tuple(ops.where(new[-1] < error, a, b) for a, b in zip(new, best, strict=True))
-        dx, dy = best[:2]
+        start = 0 * r_dual, 0 * Wg, -r_dual, compliance * Wg, ops.inf + 0 * r_dual[..., :1]
+        dx, dy, *_ = ops.repeat(1 + self.linear_steps, improve, start)
         Adx = dx @ A.mT
         # Refinement has moved dy; the sides of a row share that as they share the weight of the row.
         moved = compliance * (dy - Wg) - Adx
@@ -206,10 +211,6 @@ def _gather(sides: Array, sign: int = -1) -> Array:
 
 def _size(ops: Ops, x: Array) -> Array:
     return ops.amax(abs(x), -1, keepdims=True)
-
-
-def _larger(ops: Ops, dual: Array, sides: Array) -> Array:
-    return ops.maximum(_size(ops, dual), _size(ops, sides))
 
 
 def _split(ops: Ops, problem: Problem) -> _Sides:
@@ -235,10 +236,15 @@ def _cost_scale(ops: Ops, problem: Problem) -> Array:
     return 1 / ops.where(size > 0, size, 1.0)
 
 
-def _evaluate(ops: Ops, problem: Problem, sides: _Sides, state: _State) -> tuple[Array, Array]:
+def _with_residuals(ops: Ops, problem: Problem, sides: _Sides, state: _State) -> _State:
     gradient = sides.cost * (matvec(problem.P, state.x) + problem.q)
     r_sides = _spread(ops, matvec(problem.A, state.x)) + state.t - sides.h
-    return gradient + matvec(problem.A.mT, _gather(state.z)), (sides.open + sides.equal) * r_sides
+    r_dual = gradient + matvec(problem.A.mT, _gather(state.z))
+    return state._replace(r_dual=r_dual, r_sides=(sides.open + sides.equal) * r_sides)
+
+
+def _residual(ops: Ops, state: _State) -> Array:
+    return ops.maximum(_size(ops, state.r_dual), _size(ops, state.r_sides))
 
 
 def _factorize(ops: Ops, problem: Problem, sides: _Sides, state: _State) -> _System:
@@ -247,18 +253,18 @@ def _factorize(ops: Ops, problem: Problem, sides: _Sides, state: _State) -> _Sys
     W, rho = _gather(weights, 1)[..., None], (state.rho * state.boost)[..., None]
     P, A, identity = (batched(M) for M in (problem.P, problem.A, ops.eye(state.x.shape[-1], state.x)))
     cholesky = ops.cholesky(sides.cost[..., None] * P + rho * identity + A.mT @ (W * A))
-    return _System(*_evaluate(ops, problem, sides, state), cholesky, rho, weights[:, None])
+    return _System(cholesky, rho, weights[:, None])
 
 
-def _least_mu(ops: Ops, sides: _Sides, state: _State, system: _System, mu: Array) -> Array:
+def _least_mu(ops: Ops, sides: _Sides, state: _State, mu: Array) -> Array:
     """A complementarity (B, 1, 1) of 2 % of what the residuals contribute to the duality gap, at most 0.3 mu.
 
     The gap is r_dual'x + r_sides'z + t'z. With t'z much below the rest the iterate is glued to the boundary
     while it still has far to go. With 0.1 % a linear program more was not solved, 10 % cost 5 % more steps.
     Without the limit mu would follow the diverging x or z of a problem that has no solution.
     """
-    dual = ops.sum(abs(system.r_dual * state.x), -1, keepdims=True)
-    primal = ops.sum(abs(system.r_sides * state.z), -1, keepdims=True)
+    dual = ops.sum(abs(state.r_dual * state.x), -1, keepdims=True)
+    primal = ops.sum(abs(state.r_sides * state.z), -1, keepdims=True)
     return ops.minimum((0.02 * (dual + primal) / sides.count)[:, None], 0.3 * mu)
 
 
@@ -269,16 +275,15 @@ def _longest(ops: Ops, sides: _Sides, state: _State, step: _Step, tau: Array | f
     return ops.where(nearest > tau, tau / ops.where(nearest > tau, nearest, 1.0), 1.0)
 
 
-def _advance(
-    ops: Ops, problem: Problem, sides: _Sides, state: _State, system: _System, step: _Step, length: Array
-) -> _State:
+def _advance(ops: Ops, problem: Problem, sides: _Sides, state: _State, step: _Step, length: Array) -> _State:
     """The next iterate and its regularisation; without a finite step the same with more regularisation."""
     x, t, z = (old + length * d for old, d in zip(state[:3], step, strict=True))
-    new = state._replace(x=x, t=t, z=z, dx=x - state.x, dz=z - state.z)
-    residual = _larger(ops, *_evaluate(ops, problem, sides, new))
+    new = state._replace(x=x, t=t, z=z)
+    new = _with_residuals(ops, problem, sides, new)
+    residual = _residual(ops, new)
     # Residuals of this size are rounding: less regularisation would not reduce them.
     rounding = 50 * ops.eps(x) * (1 + _size(ops, t) + _size(ops, z) + _size(ops, sides.h))
-    slow = (residual > ops.maximum(0.7 * _larger(ops, *system[:2]), rounding)) & (length > 0.5)
+    slow = (residual > ops.maximum(0.7 * _residual(ops, state), rounding)) & (length > 0.5)
     rho_floor = ops.maximum(state.rho_floor / 10, RHO_FLOORS[1] / state.unit)
     delta_floor = ops.maximum(state.delta_floor / 10, DELTA_FLOORS[1] * state.unit)
     rho_floor = ops.where(slow, rho_floor, state.rho_floor)

@@ -26,16 +26,24 @@ class Point(NamedTuple):
 
 
 def evaluate(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Array, v: Array):
-    """F at (x, v) and the larger of the two relative residuals in the units of the user's problem."""
+    """F at (x, v) and the larger of the two relative residuals in the units of the user's problem.
+
+    The unit of the primal one is the largest of b and A x, and 1 only if that is larger and b is zero; that
+    of the dual one likewise.
+    """
     s = project(ops, cones, problem.bounds, v)
     Px, Aty, Ax = matvec(problem.P, x), matvec(problem.A.mT, s - v), matvec(problem.A, x)
     F = Px + problem.q + Aty, Ax + s - problem.b
     dual_unit, primal_unit = 1 / (scaling.c * scaling.D), 1 / scaling.E
-    dual_scale = ops.maximum(norm(ops, problem.q * dual_unit), norm(ops, Aty * dual_unit))
-    primal_scale = ops.maximum(norm(ops, problem.b * primal_unit), norm(ops, Ax * primal_unit))
-    dual = norm(ops, F[0] * dual_unit) / (1 + dual_scale)
-    primal = norm(ops, F[1] * primal_unit) / (1 + primal_scale)
+    dual = _relative(ops, F[0] * dual_unit, problem.q * dual_unit, Aty * dual_unit)
+    primal = _relative(ops, F[1] * primal_unit, problem.b * primal_unit, Ax * primal_unit)
     return F, ops.where(_is_resolved(ops, cones, problem, scaling, s), ops.maximum(dual, primal), ops.inf)
+
+
+def _relative(ops: Ops, residual: Array, data: Array, term: Array) -> Array:
+    given = norm(ops, data)
+    unit = ops.where(given > 0, ops.minimum(ops.maximum(given, 1e-12), 1.0), 1.0)
+    return norm(ops, residual) / (unit + ops.maximum(given, norm(ops, term)))
 
 
 def _is_resolved(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, s: Array) -> Array:

@@ -1,7 +1,9 @@
 """Equilibration of a cone program: x = D x_hat, s = s_hat / E, y = E y_hat / c.
 
 Ruiz (2001) iterations in the 2-norm on the matrix [P A'; A 0], the E of a curved cone being one number per
-cone so that the cone is unchanged; then a cost scale c.
+cone so that the cone is unchanged; then a cost scale c. With curved cones, whose rows have bounds 0 or infinite
+beside them, one factor beta on x and s brings the right-hand side to size one: D and E then stand for beta D
+and E / beta, c for c / beta^2 so that P, or without P for c / beta so that q stays as it was.
 """
 
 from __future__ import annotations
@@ -45,9 +47,21 @@ def equilibrate(
     c = _cost_scale(ops, P, q, linear)
     if not linear:
         P = P * (c[..., None] if P.ndim == 3 else c[:1])
+    if cones.rows:
+        beta = _size(ops, E * problem.b, c * q, linear)
+        D, E, c, q = beta * D, E / beta, c / (beta if linear else beta**2), beta * q
+        return Problem(P, c * q, A, E * problem.b, *problem.bounds), Scaling(D, E, c)
     k = problem.l.shape[-1]
     l, u = (E[:, :k] * bound for bound in problem.bounds)
     return Problem(P, c * q, A, E * problem.b, l, u), Scaling(D, E, c)
+
+
+def _size(ops: Ops, b: Array, q: Array, linear: bool) -> Array:
+    """About the size of x and s (B, 1) where P and A have size one: that of b, and of q if there is a P."""
+    size = ops.amax(abs(b), -1, keepdims=True)
+    if not linear:
+        size = ops.maximum(size, ops.amax(abs(q), -1, keepdims=True))
+    return ops.where(size > 0, size, 1.0)
 
 
 def _cost_scale(ops: Ops, P: Array, q: Array, linear: bool) -> Array:

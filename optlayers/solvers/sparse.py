@@ -198,7 +198,7 @@ class _LaneSolve(NamedTuple):
             best, count = self.refine(best, point, solver.refine)
             steps += count
             if best.residual[0] > accept:
-                status = certify(HOST, settings.cones, problem, self.unscaled, direction)
+                status = certify(HOST, settings.cones, problem, direction)
         if best.residual[0] <= accept:
             status = np.full(1, Status.SOLVED.code)
         return conclude(HOST, Progress(best, status, np.full(1, steps)), settings.eps)
