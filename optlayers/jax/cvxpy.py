@@ -91,7 +91,8 @@ class CvxpyLayer:
         """As a call, with the multipliers, status and statistics; see `Solution`.
 
         Args:
-            warm_start: an earlier solution of this layer for the same batch, to start from.
+            warm_start: an earlier solution of this layer for the same batch, to start from; problems
+                whose entries are NaN start anew.
         """
         program = self._program
         values = [jnp.asarray(value) for value in params]

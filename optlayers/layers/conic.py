@@ -20,7 +20,7 @@ from ..linalg.rows import flatten, project_linearized, shapes, unflatten
 from ..linalg.sensitivity import Regularity, prepare, solve_sensitivity
 from ..ops import Array, Ops, select
 from ..solvers.admm import ADMM
-from ..solvers.base import RUNNING, Solver, conclude, run, start
+from ..solvers.base import RUNNING, Solver, advance, conclude, run, start
 from ..solvers.choice import choose, configure
 from ..solvers.host import Clarabel
 from ..solvers.newton import Point, smallest_regularization
@@ -96,6 +96,9 @@ class ConicSolve:
             point = 0 * problem.q, 0 * problem.b
         progress = start(ops, self.cones, problem, scaling, *point)
         progress = progress._replace(status=ops.where(finite, progress.status, Status.NON_FINITE.code))
+        if warm:
+            steps = self.solvers[0].refine
+            progress = advance(ops, self.cones, problem, scaling, progress, point, steps, self.eps)
         for solver in self.solvers:
             more = lambda p, solver=solver: run(ops, solver, self.cones, problem, scaling, p, self.eps)
             progress = ops.cond(ops.any(progress.status == RUNNING), more, lambda p: p, progress)

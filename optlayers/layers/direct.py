@@ -36,7 +36,7 @@ def solve_box(
         rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` is None.
         gradient: "exact"; or, where that is zero or jumps as for linear programs, "smoothed" (`Smoothed(mu)`)
             or "lpgd" (`LPGD(tau)`).
-        warm_start: an earlier solution to start from.
+        warm_start: an earlier solution to start from; problems whose entries are NaN start anew.
 
     Each argument has the same batch axes in front, or none if the batch shares it.
 

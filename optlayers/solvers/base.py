@@ -89,16 +89,14 @@ def run(
     eps: float,
 ) -> Progress:
     """Work on the problems that are still RUNNING until all are decided or `solver.max_iter` is spent."""
-    target, accept, _ = tolerances(ops, eps, problem.q)
 
     def body(carry):
-        k, state, (best, status, iterations) = carry
-        running = status == RUNNING
+        k, state, progress = carry
+        running = progress.status == RUNNING
         state = solver.step(ops, cones, problem, state)
-        iterations = iterations + solver.check_every * ops.to_int(running)
         point = solver.point(ops, cones, problem, state)
-        best = refine(ops, cones, problem, scaling, best, point, solver.refine, target, running)
-        status = ops.where(running & (best.residual <= accept), Status.SOLVED.code, status)
+        best, status, iterations = advance(ops, cones, problem, scaling, progress, point, solver.refine, eps)
+        iterations = iterations + solver.check_every * ops.to_int(running)
         certificate = certify(ops, cones, problem, solver.direction(state))
         status = ops.where(status == RUNNING, certificate, status)
         return k + 1, state, Progress(best, status, iterations)
@@ -109,6 +107,26 @@ def run(
 
     state = solver.init(ops, cones, problem, progress.best.x, progress.best.v, progress.status == RUNNING)
     return ops.while_loop(unfinished, body, (0, state, progress))[2]
+
+
+def advance(
+    ops: Ops,
+    cones: Cones,
+    problem: Problem,
+    scaling: Scaling,
+    progress: Progress,
+    point: tuple[Array, Array],
+    steps: int,
+    eps: float,
+) -> Progress:
+    """Refine `point` by at most `steps` Newton steps; problems that it solves are SOLVED."""
+    target, accept, _ = tolerances(ops, eps, problem.q)
+    best, status, iterations = progress
+    running = status == RUNNING
+    best = refine(ops, cones, problem, scaling, best, point, steps, target, running)
+    return Progress(
+        best, ops.where(running & (best.residual <= accept), Status.SOLVED.code, status), iterations
+    )
 
 
 def conclude(ops: Ops, progress: Progress, eps: float) -> Progress:

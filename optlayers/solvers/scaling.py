@@ -1,9 +1,9 @@
 """Equilibration of a cone program: x = D x_hat, s = s_hat / E, y = E y_hat / c.
 
 Ruiz (2001) iterations in the 2-norm on the matrix [P A'; A 0], the E of a curved cone being one number per
-cone so that the cone is unchanged; then a cost scale c. With curved cones, whose rows have bounds 0 or infinite
-beside them, one factor beta on x and s brings the right-hand side to size one: D and E then stand for beta D
-and E / beta, c for c / beta^2 so that P, or without P for c / beta so that q stays as it was.
+cone so that the cone is unchanged; then a cost scale c. Beside curved cones bounds are 0 or infinite, and one
+factor beta on x and s brings the right-hand side to size one: D and E then stand for beta D and E / beta, c
+for c / beta^2 so that P, or without P for c / beta so that q stays as it was.
 """
 
 from __future__ import annotations

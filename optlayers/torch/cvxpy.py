@@ -89,7 +89,8 @@ class CvxpyLayer(torch.nn.Module):
         """As `forward`, with the multipliers, status and statistics; see `Solution`.
 
         Args:
-            warm_start: an earlier solution of this layer for the same batch, to start from.
+            warm_start: an earlier solution of this layer for the same batch, to start from; problems
+                whose entries are NaN start anew.
         """
         program = self._program
         like = _like(params, program.parameters)

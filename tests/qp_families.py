@@ -425,7 +425,51 @@ FAMILIES = (
     big_m,
 )
 SIZES = (10, 30, 60, 100)
-FULL_SIZES = (10, 30, 60, 100, 200, 300)
+FULL_SIZES = (30, 100, 300, 1000)
+
+
+def residuals(qp: QP, x, y) -> np.ndarray:
+    """How far (x, y) is from solving `qp`: primal residual, dual residual and duality gap, each relative.
+
+    With P x + q + A'y = 0 and y > 0 where A x is at its upper bound. Each is divided by 1 plus the largest of
+    the terms that it sums. A multiplier of a bound that is infinite counts as zero.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    bound = np.where(y > 0, qp.hi, qp.lo)
+    y, bound = np.where(np.isinf(bound), 0.0, y), np.where(np.isinf(bound), 0.0, bound)
+    Ax, Px, Aty = qp.A @ x, qp.P @ x, qp.A.T @ y
+    nearest = np.clip(Ax, qp.lo, qp.hi)
+    gap = x @ Px, qp.q @ x, bound @ y
+    sums = ((Ax, -nearest), (Px, qp.q, Aty), gap)
+    result = [_largest(sum(terms)) / (1 + max(map(_largest, terms))) for terms in sums]
+    return np.where(np.isfinite(result), result, np.inf)
+
+
+def _largest(x) -> float:
+    return np.abs(x).max(initial=0.0)
+
+
+def primal_infeasible(rng, n):
+    """2 n inequalities that nonnegative multipliers combine to 0'x <= something negative."""
+    A, y = rng.standard_normal((2 * n, n)), np.where(rng.random(2 * n) < 0.3, rng.uniform(0.1, 1, 2 * n), 0.0)
+    A[-1], y[-1] = -A[:-1].T @ y[:-1], 1.0
+    hi = A @ rng.standard_normal(n) + rng.uniform(0, 1, 2 * n)
+    hi[-1] = -(hi[:-1] @ y[:-1]) - 10.0 ** rng.uniform(-2, 0)
+    return QP(gram(rng, n, rng.integers(0, n)), rng.standard_normal(n), A, np.full(2 * n, -np.inf), hi)
+
+
+def dual_infeasible(rng, n):
+    """A feasible program with a direction along which nothing bounds the falling objective."""
+    d = rng.standard_normal(n)
+    d /= np.linalg.norm(d)
+    across = np.eye(n) - np.outer(d, d)
+    P = across @ gram(rng, n, rng.integers(0, n)) @ across
+    loose = rng.uniform(0, 1, 2 * n) * (rng.random(2 * n) < 0.7)
+    A = rng.standard_normal((2 * n, n)) @ across - np.outer(loose, d)
+    q = across @ rng.standard_normal(n) - rng.uniform(0.1, 1) * d
+    hi = A @ rng.standard_normal(n) + rng.uniform(0, 1, 2 * n)
+    equal = (loose == 0) & (rng.random(2 * n) < 0.3)
+    return QP((P + P.T) / 2, q, A, np.where(equal, hi, -np.inf), hi)
 
 
 def problems(sizes=SIZES, families=FAMILIES) -> Iterator[tuple[str, QP]]:
