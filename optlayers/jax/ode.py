@@ -16,6 +16,7 @@ from ..layers.control_path import (
     controlled_field,
 )
 from ..layers.ode import InitialValueProblem, Jumps, ODEInfo, ode_doc, odeint_doc
+from ..layers.ode_adjoint import Adjoint, Discrete
 from ..ops import jax as ops
 from ..solvers.tableaux import Tableau
 
@@ -23,6 +24,10 @@ from ..solvers.tableaux import Tableau
 def _jumps(jumps: Jumps | None) -> Jumps | None:
     """With the argument order of the shared code."""
     return jumps and (jumps[0], lambda t, y, j: jumps[1](y, t, j), *jumps[2:])
+
+
+def _event(event: Callable | None) -> Callable | None:
+    return event and (lambda t, y: event(y, t))
 
 
 @continues(odeint_doc)
@@ -34,7 +39,9 @@ def odeint(
     rtol: float | None = None,
     atol: float | None = None,
     method: str | Tableau = "dopri5",
+    adjoint: Adjoint = Discrete(),
     jumps: Jumps | None = None,
+    event: Callable | None = None,
     step_size: float | None = None,
     first_step: float | None = None,
     max_steps: int = 1024,
@@ -55,8 +62,10 @@ def odeint(
         >>> round(y.item(), 4), round(rate_bar.item(), 4)
         (0.3679, 0.3679)
     """
-    problem = InitialValueProblem(method, rtol, atol, step_size, first_step, max_steps, order, on_failure)
-    y, info = problem(ops, lambda t, y: func(y, t, *args), y0, t, _jumps(jumps))
+    problem = InitialValueProblem(
+        method, rtol, atol, adjoint, step_size, first_step, max_steps, order, on_failure
+    )
+    y, info = problem(ops, lambda t, y: func(y, t, *args), y0, t, _jumps(jumps), _event(event))
     return (y, info) if return_info else y
 
 
@@ -78,6 +87,7 @@ class ODE:
         rtol: float | None = None,
         atol: float | None = None,
         method: str | Tableau = "dopri5",
+        adjoint: Adjoint = Discrete(),
         step_size: float | None = None,
         first_step: float | None = None,
         max_steps: int = 1024,
@@ -86,15 +96,19 @@ class ODE:
     ):
         self.func = func
         self.settings = InitialValueProblem(
-            method, rtol, atol, step_size, first_step, max_steps, order, on_failure
+            method, rtol, atol, adjoint, step_size, first_step, max_steps, order, on_failure
         )
 
-    def solve(self, y0: Any, t: Array, *args: Any, jumps: Jumps | None = None) -> tuple[Any, ODEInfo]:
+    def solve(
+        self, y0: Any, t: Array, *args: Any, jumps: Jumps | None = None, event: Callable | None = None
+    ) -> tuple[Any, ODEInfo]:
         """The solution, and what became of each sample."""
-        return self.settings(ops, lambda t, y: self.func(y, t, *args), y0, t, _jumps(jumps))
+        return self.settings(ops, lambda t, y: self.func(y, t, *args), y0, t, _jumps(jumps), _event(event))
 
-    def __call__(self, y0: Any, t: Array, *args: Any, jumps: Jumps | None = None) -> Any:
-        return self.solve(y0, t, *args, jumps=jumps)[0]
+    def __call__(
+        self, y0: Any, t: Array, *args: Any, jumps: Jumps | None = None, event: Callable | None = None
+    ) -> Any:
+        return self.solve(y0, t, *args, jumps=jumps, event=event)[0]
 
 
 @continues(control_path_doc)

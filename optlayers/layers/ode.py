@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ..ops import Array, MatrixFreeOps
-from ..solvers.runge_kutta import Grid, Outcome, RungeKutta, System
+from ..solvers.initial_value import Grid, RungeKutta, System
+from ..solvers.runge_kutta import flow
 from ..solvers.tableaux import TABLEAUX, Tableau
 from ..status import Status, check
-from .fixed_point import FAILURE_POLICIES, flatten_state
-from .ode_adjoint import Steps, flow
+from .fixed_point import FAILURE_POLICIES
+from .ode_adjoint import Adjoint, Discrete, Solved
+from .ode_axes import Axes, ascending
 
 Jumps = tuple[Array, Callable] | tuple[Array, Callable, Array]
 
@@ -26,10 +25,12 @@ class ODEInfo(NamedTuple):
         status: code of `Status`: `list(Status)[code]` (B,).
         steps: accepted steps (B,).
         rejected: rejected steps (B,).
-        evaluations: of func (B,).
+        evaluations: of func, as far as this sample needed them (B,).
         time: where the solve ended (B,).
         before: states before each jump, with axes (B, J, ...); NaN where there was none. None without jumps.
         after: states after each jump, likewise.
+        event_time: when the event happened (B,), differentiable; NaN where it did not. None without event.
+        event_state: the state at that time, likewise.
     """
 
     status: Array
@@ -39,6 +40,8 @@ class ODEInfo(NamedTuple):
     time: Array
     before: Any = None
     after: Any = None
+    event_time: Any = None
+    event_state: Any = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class InitialValueProblem:
     method: str | Tableau = "dopri5"
     rtol: float | None = None
     atol: float | None = None
+    adjoint: Adjoint = Discrete()
     step_size: float | None = None
     first_step: float | None = None
     max_steps: int = 1024
@@ -59,16 +63,25 @@ class InitialValueProblem:
             raise ValueError(f"method must be one of {sorted(TABLEAUX)} or a Tableau, got {self.method!r}")
         if self.on_failure not in FAILURE_POLICIES:
             raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {self.on_failure!r}")
+        if self.order < 1 or self.max_steps < 1:
+            raise ValueError(f"order and max_steps must be at least 1, got {self.order} and {self.max_steps}")
 
-    def _runge_kutta(self, ops, y) -> RungeKutta:
+    def _runge_kutta(self, ops: MatrixFreeOps, y: Array) -> RungeKutta:
         is_double = ops.eps(y) < 1e-10
         rtol = self.rtol if self.rtol is not None else 1e-7 if is_double else 1e-5
         atol = self.atol if self.atol is not None else 1e-9 if is_double else 1e-7
         tableau = TABLEAUX[self.method] if isinstance(self.method, str) else self.method
-        return RungeKutta(tableau, rtol, atol, self.step_size, self.first_step, self.max_steps)
+        every = self.adjoint.checkpoint_every
+        return RungeKutta(tableau, rtol, atol, self.step_size, self.first_step, self.max_steps, every)
 
     def __call__(
-        self, ops: MatrixFreeOps, func: Callable, y0: Any, t: Array, jumps: Jumps | None = None
+        self,
+        ops: MatrixFreeOps,
+        func: Callable,
+        y0: Any,
+        t: Array,
+        jumps: Jumps | None = None,
+        event: Callable | None = None,
     ) -> tuple[Any, ODEInfo]:
         """The solution, and what became of each sample.
 
@@ -76,158 +89,111 @@ class InitialValueProblem:
             func: (t, y) to dy/dt.
             t: times (T,) or (B, T).
             jumps: times (J,) or (B, J); (t, y, j) to the state after jump j; optional mask of the times.
+            event: (t, y) to one number for each sample.
         """
-        batch = _Batch(ops, y0, t)
-        y, method = batch.start, self._runge_kutta(ops, batch.start)
-        times, count, sign = _forward(ops, batch.times(t))
-        jump_times, jump = _jumps(ops, batch, jumps, sign)
-        system, theta = _system(ops, batch, func, jump, sign, times, y)
-        grid = Grid(times, count, jump_times)
-        frozen = Grid(*map(ops.stop_gradient, grid))
-        constants = [ops.stop_gradient(x) for x in theta]
-        integrate = lambda: method.integrate(ops, system, ops.stop_gradient(y), frozen, constants)
-        results, end, log, outcome = ops.call_detached(integrate)
+        axes = Axes(ops, y0, t)
+        y, method = axes.start, self._runge_kutta(ops, axes.start)
+        times, count, sign = ascending(ops, axes.times(t))
+        jump_times, order, jump = _jumps(ops, axes, jumps, sign)
+        system, theta = _system(ops, axes, func, jump, event, sign, times[:, 0])
+        grid = Grid(*map(ops.stop_gradient, (times, count, jump_times)))
+        integrate = lambda y, *theta: method.integrate(ops, system, y, grid, theta)
+        results, end, log, outcome, _ = ops.call_detached(integrate, y, *theta)
         if self.on_failure == "raise":
             ops.on_host(check, outcome.status, outcome.time)
 
-        early = ops.stop_gradient(times[:, 0]) - times[:, 0]
-        y = flow(lambda t, y: system.field(t, y, theta), times[:, 0], y, early)
-        steps = Steps(ops, method, system, frozen, log, y.shape[1])
+        if not ops.is_constant(times):
+            early = ops.stop_gradient(times[:, 0]) - times[:, 0]
+            y = flow(lambda t, y: system.field(t, y, theta), times[:, 0], y, early)
         inputs = [y, times, jump_times, *theta]
-        if self.order == 1:
-            results, end = ops.replayed((results, end), steps.replay, steps.sweep, inputs)
-            results = ops.guard(results, 1, "second derivatives were asked for; use order=2")
-        else:
-            results, end = steps.replay(inputs)
-        results = self._on_failure(ops, results, end, outcome)
-        return batch.split(results, outcome, sign, times.shape[1], jump_times.shape[1])
+        solved = Solved(ops, method, system, grid, inputs, results, end, log, outcome)
+        results, end = self.adjoint(solved, self.order)
+        results = self._on_failure(solved, results)
+        info = _info(axes, solved, results, end, order, sign, self.order)
+        return axes.state(results[:, : times.shape[1]]), info
 
-    def _on_failure(self, ops, results, end, outcome):
+    def _on_failure(self, solved: Solved, results: Array) -> Array:
+        ops, outcome = solved.ops, solved.outcome
         failed = (outcome.status != Status.SOLVED.code)[:, None, None]
         if self.on_failure in ("raise", "nan"):
             return ops.where(failed, ops.nan, results)
-        held = ops.where(failed & ~ops.isfinite(results), ops.stop_gradient(end)[:, None], results)
+        held = ops.where(failed & ~ops.isfinite(results), ops.stop_gradient(solved.end)[:, None], results)
         return ops.where(failed, ops.stop_gradient(held), held) if self.on_failure == "mask" else held
 
 
-class _Batch:
-    """The user's containers and axes, and the arrays (B, k) and (B, T) of the solver."""
-
-    def __init__(self, ops: MatrixFreeOps, y0: Any, t: Array):
-        if t.ndim not in (1, 2) or t.shape[-1] == 0:
-            raise ValueError(f"t must have the axes (T,) or (B, T), at least one time; got {tuple(t.shape)}")
-        self.ops, self.is_single = ops, t.ndim == 1
-        y, (leaves, rebuild) = y0, ops.tree_flatten(y0)
-        if self.is_single:
-            y0 = rebuild([x[None] for x in leaves])
-        elif any(x.ndim == 0 or x.shape[0] != t.shape[0] for x in leaves):
-            shapes = [tuple(x.shape) for x in leaves]
-            raise ValueError(f"t has the batch axis {t.shape[0]}, which y0 must have too; got {shapes}")
-        self.start, unflatten = flatten_state(ops, y0)
-        self.rank = leaves[0].ndim
-        self._shapes = [tuple(x.shape) if self.is_single else tuple(x.shape[1:]) for x in leaves]
-        self._wanted = [tuple(x.shape) for x in leaves]
-        self._rebuild, self._is_array = rebuild, len(leaves) == 1 and leaves[0] is y
-
-    def times(self, t: Array) -> Array:
-        t = self.ops.cast(t, self.start)
-        return t[None] if self.is_single else t
-
-    def state(self, y: Array) -> Any:
-        """The user's state, of y (..., k); (1, k) has no batch axis where there is none."""
-        lead = tuple(y.shape[1:-1] if self.is_single else y.shape[:-1])
-        if self._is_array:
-            return self.ops.reshape(y, (*lead, *self._shapes[0]))
-        y = y[0] if self.is_single else y
-        parts, place = [], 0
-        for shape in self._shapes:
-            size = math.prod(shape)
-            parts.append(self.ops.reshape(y[..., place : place + size], (*lead, *shape)))
-            place += size
-        return self._rebuild(parts)
-
-    def scalar(self, x: Array) -> Array:
-        """Numbers (B,) as the user's functions see them: to be broadcast against the (first) state."""
-        return x[0] if self.is_single else self.ops.reshape(x, (-1,) + (1,) * (self.rank - 1))
-
-    def index(self, j: Array) -> Array:
-        return j[0] if self.is_single else j
-
-    def matrix(self, tree: Any, name: str) -> Array:
-        """(B, k), of a value of the user's functions."""
-        leaves = [tree] if self._is_array else self.ops.tree_flatten(tree)[0]
-        shapes = [tuple(x.shape) for x in leaves]
-        if shapes != self._wanted:
-            raise ValueError(f"{name} must have the shapes of y, {self._wanted}, but has {shapes}")
-        flat = [self.ops.reshape(x, (self.start.shape[0], -1)) for x in leaves]
-        return flat[0] if len(flat) == 1 else self.ops.concat(flat, 1)
-
-    def split(self, results, outcome: Outcome, sign, count: int, jumps: int) -> tuple[Any, ODEInfo]:
-        around = [None, None]
-        if jumps > 0:
-            places = (slice(count, count + jumps), slice(count + jumps, count + 2 * jumps))
-            around = [self.state(results[:, place]) for place in places]
-        outcome = outcome._replace(time=outcome.time * sign)
-        return self.state(results[:, :count]), ODEInfo(*map(self.index, outcome), *around)
-
-
-def _forward(ops: MatrixFreeOps, t: Array) -> tuple[Array, Array, Array]:
-    """Ascending times, how many of each row are asked for, and the sign of each row's direction."""
-    asked = ops.isfinite(t)
-    count = ops.to_int(ops.sum(ops.where(asked, 1, 0), 1))
-    t = ops.where(asked, t, 0.0)
-    last = ops.take_rows(t, ops.maximum(count - 1, 0)[:, None])
-    t = ops.where(asked, t, last)
-    sign = ops.stop_gradient(ops.where(last < t[:, :1], -1.0, 1.0))
-    sign = ops.cast(sign, t)
-    ops.on_host(_check_times, asked, t * sign)
-    return t * sign, count, sign[:, 0]
-
-
-def _check_times(asked: np.ndarray, t: np.ndarray) -> None:
-    if (asked[:, 1:] & ~asked[:, :-1]).any():
-        raise ValueError("times that are not finite may only stand at the end of a row of t")
-    if (np.diff(t, axis=1) < 0).any():
-        raise ValueError("each row of t must ascend, or descend")
-
-
-def _jumps(ops, batch, jumps, sign):
+def _jumps(ops: MatrixFreeOps, axes: Axes, jumps: Jumps | None, sign: Array):
+    """Jump times in ascending order, infinite where there is none; their numbers; and the function."""
     if jumps is None:
-        return batch.start[:, :0], None
+        return axes.start[:, :0], None, None
     times, jump, *mask = jumps
-    times = batch.times(times)
+    times = axes.times(times)
     valid = ops.isfinite(times)
     if mask:
-        valid = valid & (mask[0][None] if batch.is_single else mask[0])
+        valid = valid & axes.rows(mask[0])
     times = ops.where(valid, times * sign[:, None], ops.inf)
-    ops.on_host(_check_jumps, times)
-    return times, jump
+    order = ops.argsort(ops.stop_gradient(times))
+
+    def numbered(t, y, j):
+        return jump(t, y, axes.lane(ops.take_rows(order, j[:, None])[:, 0]))
+
+    return ops.take_rows(times, order), order, numbered
 
 
-def _check_jumps(times: np.ndarray) -> None:
-    if (times[:, 1:] < times[:, :-1]).any():
-        raise ValueError(
-            "each row of the jump times must be ordered as t is, with times that are masked or NaN at its end"
-        )
+def _system(ops, axes: Axes, func, jump, event, sign, start) -> tuple[System, list[Array]]:
+    """The user's functions as those of the solver, and the arrays that they depend on."""
 
-
-def _system(ops, batch, func, jump, sign, times, y):
     def field(t, y):
-        slope = func(batch.scalar(t * sign), batch.state(y))
-        return batch.matrix(slope, "func's value") * sign[:, None]
+        return axes.matrix(func(axes.scalar(t * sign), axes.state(y)), "func's value") * sign[:, None]
 
     def leap(t, y, j):
-        if jump is None:
-            return y
-        return batch.matrix(
-            jump(batch.scalar(t * sign), batch.state(y), batch.index(j)), "the state after a jump"
-        )
+        return axes.matrix(jump(axes.scalar(t * sign), axes.state(y), j), "the state after a jump")
 
-    examples = [(ops.stop_gradient(x) for x in (times[:, 0], y))]
-    examples = [tuple(map(ops.stop_gradient, (times[:, 0], y)))]
-    examples.append((*examples[0], ops.to_int(0 * examples[0][0])))
-    functions, theta = ops.explicit([field, leap], examples)
-    return System(*functions), theta
+    def trigger(t, y):
+        return axes.vector(event(axes.scalar(t * sign), axes.state(y)), "the event's value")
+
+    t, y = ops.stop_gradient(start), ops.stop_gradient(axes.start)
+    wanted = [(field, (t, y))]
+    if jump is not None:
+        wanted.append((leap, (t, y, ops.to_int(0 * t))))
+    if event is not None:
+        wanted.append((trigger, (t, y)))
+    functions, theta = ops.explicit(*zip(*wanted, strict=True))
+    found = dict(zip([function for function, _ in wanted], functions, strict=True))
+    return System(found[field], found.get(leap), found.get(trigger)), theta
+
+
+def _info(axes: Axes, solved: Solved, results, end, order, sign, derivatives: int) -> ODEInfo:
+    ops, outcome, count = solved.ops, solved.outcome, solved.grid.outputs.shape[1]
+    before = after = event_time = event_state = None
+    if order is not None:
+        place, number = ops.argsort(order), order.shape[1]
+        before, after = (
+            axes.state(ops.take_rows(results[:, i : i + number], place)) for i in (count, count + number)
+        )
+    if solved.system.event is not None:
+        time, state = _event(solved, end, derivatives)
+        event_time, event_state = axes.lane(time * sign), axes.state(state)
+    counts = map(axes.lane, outcome[:4])
+    time = axes.lane(outcome.time * sign)
+    return ODEInfo(*counts, time, before, after, event_time, event_state)
+
+
+def _event(solved: Solved, end: Array, order: int) -> tuple[Array, Array]:
+    """When the event happened, and the state then; NaN where it did not.
+
+    From the time that the solver has found, chord steps along the flow go to g(t + d, y(t + d)) = 0: the
+    first ones remove the error of the interpolant, the last ones bring the derivatives.
+    """
+    ops, system, outcome = solved.ops, solved.system, solved.outcome
+    theta, t, happened = solved.inputs[3:], outcome.time, outcome.happened
+    field = lambda t, y: system.field(t, y, theta)
+    g = lambda d: system.event(t + d, flow(field, t, end, d), theta)
+    d = 0 * t
+    rate = ops.tangent_map(g, d)(d + 1)
+    for _ in range(order + 2):
+        d = d - ops.where(happened, g(d), 0.0) / ops.where(happened, rate, 1.0)
+    state = flow(field, t, end, d)
+    return ops.where(happened, t + d, ops.nan), ops.where(happened[:, None], state, ops.nan)
 
 
 def odeint_doc():
@@ -246,11 +212,18 @@ def odeint_doc():
         args: whatever func takes besides t and y.
         rtol, atol: a step is accepted where the root mean square of error / (atol + rtol |y|) is at most 1;
             None is 1e-7 and 1e-9 in double precision, and 1e-5 and 1e-7 in single.
-        method: "dopri5", "tsit5", "bosh3", "dopri8"; of fixed step "euler", "midpoint", "heun", "rk4".
+        method: "dopri5", "tsit5", "bosh3", "dopri8"; "kvaerno5", implicit, for stiff equations; of fixed step
+            "euler", "midpoint", "heun", "rk4"; or a Tableau.
+        adjoint: Discrete(), the derivatives of the computed solution, which can keep fewer states, or
+            Continuous().
         jumps: (times, fn) or (times, fn, mask): at times (J,) or (B, J) the state is replaced by that which
-            fn gives. Times that are NaN or masked stand at the end of a row, and nothing happens at them. An
-            output at the time of a jump is the state before it.
-        step_size: of methods with fixed steps; None steps from one output to the next.
+            fn gives; at times that are NaN or masked nothing happens. An output at the time of a jump is the
+            state before it.
+        event: a function of the arguments of func, but args, with one number for each sample. Where it
+            changes sign the solution ends: later outputs are NaN, and the info has event_time and
+            event_state.
+        step_size: fixed steps of about this size; None steps from one output to the next where the method
+            does not choose its steps.
         first_step: None chooses it.
         max_steps: most attempts for each sample. JAX reserves memory for so many states.
         order: how many derivatives are right; 2 and more need the memory of all stages of all steps.

@@ -1,101 +1,192 @@
-"""Derivatives of the steps that `RungeKutta.integrate` has logged.
+"""Derivatives of solved initial value problems.
 
-The states y_0 ... y_N satisfy y_{i+1} = step(y_i, t_i, h_i, theta), whose linear equations for a cotangent
-are
-block bidiagonal: one sweep backwards through the steps solves them. Times and step sizes of the log are
-constants. The first and last time, the outputs' and the jumps' enter where the solution is evaluated at them:
-a state is moved by the zero that a time differs from its value, along the flow.
+The states y_0 ... y_N that the solver has logged satisfy y_{i+1} = step(y_i, t_i, h_i, theta), whose linear
+equations for a cotangent are block bidiagonal: one sweep backwards through the steps solves them. Times and
+sizes of steps are constants in this. The first time, the outputs' and the jumps' enter where the solution is
+evaluated at them: a state is moved along the flow by the zero that a time differs from its value.
+
+Inputs are [y0, outputs, jumps, *theta], with y0 (B, k); see `solvers.initial_value` for the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from ..ops import Array, MatrixFreeOps
-from ..solvers.runge_kutta import Entry, Grid, Log, RungeKutta, System, interpolate, jump_rows, stages
+from ..solvers.initial_value import Entry, Grid, Log, Outcome, RungeKutta, System
+from ..solvers.runge_kutta import flow, interpolate
 
 
-@dataclass(frozen=True)
-class Steps:
-    """The logged steps of one solve, as functions of the live inputs [y0, outputs, jumps, *theta]."""
+class Solved(NamedTuple):
+    """A solve that is to be differentiated: what it was, and what came of it."""
 
     ops: MatrixFreeOps
     method: RungeKutta
     system: System
     grid: Grid
+    inputs: list[Array]
+    results: Array
+    end: Array
     log: Log
-    width: int
+    outcome: Outcome
 
-    def replay(self, inputs: Sequence[Array], repeat: Callable | None = None) -> tuple[Array, Array]:
+
+class Adjoint(Protocol):
+    """How derivatives are attached.
+
+    Attributes:
+        checkpoint_every: of how many steps one state is logged.
+    """
+
+    checkpoint_every: int
+
+    def __call__(self, solved: Solved, order: int) -> tuple[Array, Array]: ...
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """The derivatives of the computed solution, to rounding: those of its steps.
+
+    Args:
+        checkpoint_every: steps between the states that are kept; those between them are computed again.
+
+    Example:
+        >>> from optlayers.torch import Discrete
+        >>> Discrete(checkpoint_every=10)
+        Discrete(checkpoint_every=10)
+    """
+
+    checkpoint_every: int = 1
+
+    def __post_init__(self):
+        if self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
+
+    def __call__(self, solved, order):
+        ops, steps = solved.ops, Steps(solved, order)
+        if order == 1:
+            values = solved.results, solved.end
+            results, end = ops.replayed(values, steps.replay, steps.sweep, solved.inputs)
+        else:
+            results, end = steps.replay(solved.inputs, ops.bounded_repeat)
+        message = f"derivatives of order above {order} were asked for; use order={order + 1}"
+        return ops.guard(results, order, message), ops.guard(end, order, message)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The logged steps, as functions of live inputs."""
+
+    solved: Solved
+    order: int
+
+    def replay(self, inputs: Sequence[Array], repeat: Any = None) -> tuple[Array, Array]:
         """Results and final states."""
-        ops, (y, *live) = self.ops, inputs
-        count, jumps = self.grid.outputs.shape[1], self.grid.jumps.shape[1]
-        blank = ops.full((y.shape[0], count + 2 * jumps + 1, self.width), ops.nan, y) + 0 * y[:, None]
+        solved, (y, *live) = self.solved, inputs
+        ops, grid, start = solved.ops, solved.grid, solved.log.states[:, 0]
 
         def body(carry):
             i, y, results = carry
             entry, active = self._entry(i)
-            y_new, outputs, around = self._advance(entry, ops.where(active, y, self.log.states[:, 0]), live)
-            results = ops.put_rows(results, self.method.output_rows(ops, self.grid, entry), outputs)
+            y_new, outputs, around = self._advance(entry, ops.where(active, y, start), live)
+            results = ops.put_rows(results, solved.method.output_rows(ops, grid, entry), outputs)
             if around is not None:
-                results = ops.put_rows(results, jump_rows(ops, self.grid, entry), around)
+                results = ops.put_rows(results, grid.jump_rows(ops, entry.jump), around)
             return i + 1, ops.where(active, y_new, y), results
 
-        _, y, results = (repeat or ops.repeat)(ops.largest(self.log.length), body, (0, y, blank))
+        count, carry = ops.largest(solved.log.length), (0, y, grid.blank(ops, y))
+        if repeat is None:
+            _, y, results = ops.repeat(count, body, carry)
+        else:
+            _, y, results = repeat(count, solved.method.max_steps, body, carry)
         return results, y
 
     def sweep(self, inputs: Sequence[Array], cotangents: Sequence[Array]) -> list[Array]:
         """Cotangents of the inputs."""
-        ops, live = self.ops, inputs[1:]
+        ops, log, live = self.solved.ops, self.solved.log, inputs[1:]
+        every = self.solved.method.every
         results_bar, y_bar = cotangents
-        last = results_bar.shape[1] - 1
+        count, nothing = ops.largest(log.length), [ops.full(x.shape, 0.0, x) for x in live]
 
-        def rows_of(rows):
-            return ops.where((rows < last)[..., None], ops.take_rows(results_bar, rows), 0.0)
+        def back(states, first):
+            """Step i - 1 back, with its state in `states`, of which the first is that of step `first`."""
 
-        def body(carry):
+            def body(carry):
+                i, y_bar, totals = carry
+                y_bar, more = self._pull(i - 1, states[:, i - 1 - first], live, results_bar, y_bar)
+                totals = [a if b is None else a + b for a, b in zip(totals, more, strict=True)]
+                return i - 1, y_bar, totals
+
+            return body
+
+        def segment(carry):
+            """All steps since a checkpoint, whose states are computed again."""
             i, y_bar, totals = carry
-            i = i - 1
-            entry, active = self._entry(i)
-            y = ops.where(active, self.log.states[:, i], self.log.states[:, 0])
-            step = lambda y, live: tuple(x for x in self._advance(entry, y, live) if x is not None)
-            _, pull = ops.vjp(step, y, live)
-            bars = [ops.where(active, y_bar, 0.0), rows_of(self.method.output_rows(ops, self.grid, entry))]
-            if self.grid.jumps.shape[1] > 0:
-                bars.append(rows_of(jump_rows(ops, self.grid, entry)))
-            y_before, more = pull(tuple(bars))
-            totals = [a if b is None else a + b for a, b in zip(totals, more, strict=True)]
-            return i, ops.where(active, y_before, y_bar), totals
+            checkpoint = (i - 1) // every
+            first = checkpoint * every
 
-        count = ops.largest(self.log.length)
-        nothing = [ops.full(x.shape, 0.0, x) for x in live]
-        _, y_bar, totals = ops.repeat(count, body, (count, y_bar, nothing))
+            def forward(carry):
+                j, y, states = carry
+                entry, active = self._entry(j)
+                y_new, _, _ = self._advance(entry, ops.where(active, y, log.states[:, 0]), live)
+                y = ops.where(active, y_new, y)
+                states = ops.put_rows(states, 0 * log.length[:, None] + (j + 1 - first), y[:, None])
+                return j + 1, y, states
+
+            y = log.states[:, checkpoint]
+            states = ops.put_rows(ops.rows(y, every), 0 * log.length[:, None], y[:, None])
+            _, _, states = ops.call_detached(lambda: ops.repeat(i - 1 - first, forward, (first, y, states)))
+            return ops.repeat(i - first, back(states, first), (i, y_bar, totals))
+
+        if every == 1:
+            _, y_bar, totals = ops.repeat(count, back(log.states, 0), (count, y_bar, nothing))
+        else:
+            segments = (count + every - 1) // every
+            _, y_bar, totals = ops.repeat(segments, segment, (count, y_bar, nothing))
         return [y_bar, *totals]
 
+    def _pull(self, i, y, live, results_bar, y_bar):
+        """Cotangents of the state before step i and of the live inputs."""
+        ops, method, _, grid, *_ = self.solved
+        entry, active = self._entry(i)
+        step = lambda y, live: tuple(x for x in self._advance(entry, y, live) if x is not None)
+        _, pull = ops.vjp(step, ops.where(active, y, self.solved.log.states[:, 0]), live)
+
+        def rows(rows):
+            return ops.where((rows < grid.rows)[..., None], ops.take_rows(results_bar, rows), 0.0)
+
+        bars = [ops.where(active, y_bar, 0.0), rows(method.output_rows(ops, grid, entry))]
+        if grid.jumps.shape[1] > 0:
+            bars.append(rows(grid.jump_rows(ops, entry.jump)))
+        y_before, more = pull(tuple(bars))
+        return ops.where(active, y_before, y_bar), more
+
     def _entry(self, i) -> tuple[Entry, Array]:
-        """Step i of each sample, and which samples (B, 1) have one; the others stay where they are."""
-        ops, log = self.ops, self.log
+        """Step i of each sample, and which samples (B, 1) have one; the others stay where they started."""
+        ops, log = self.solved.ops, self.solved.log
         active = i < log.length
         t, h, row, hits, jump = (log.entries[:, i, column] for column in range(5))
-        t = ops.where(active, t, log.entries[:, 0, 0])
-        h, hits, jump = (ops.where(active, x, x_idle) for x, x_idle in ((h, 0.0), (hits, 0.0), (jump, -1.0)))
-        row = ops.where(active, row, 0.0)
+        idle = (log.entries[:, 0, 0], 0.0, 0.0, 0.0, -1.0)
+        t, h, row, hits, jump = (
+            ops.where(active, x, y) for x, y in zip((t, h, row, hits, jump), idle, strict=True)
+        )
         return Entry(t, h, *map(ops.to_int, (row, hits, jump))), active[:, None]
 
     def _advance(self, entry: Entry, y: Array, live: Sequence[Array]):
         """One step: the next y (B, k), its outputs (B, W, k), and the states around its jump (B, 2, k)."""
-        ops, method, system = self.ops, self.method, self.system
+        ops, method, system, grid, *_ = self.solved
         outputs, jumps, *theta = live
         t, h, window = entry.t, entry.h, method.window(outputs.shape[1])
         field = lambda t, y: system.field(t, y, theta)
-        K, y_new = stages(ops, method.tableau, field, t, h, y, field(t, y))
+        stages, end = method.stages(self.order), method.end_of(ops, grid, t, h, t + h)
+        K, y_new, _ = stages(ops, field, t, h, y, field(t, y), end)
 
         def emit(y_new):
-            rows = ops.minimum(method.output_rows(ops, self.grid, entry), outputs.shape[1] - 1)
+            rows = ops.minimum(method.output_rows(ops, grid, entry), outputs.shape[1] - 1)
             times = ops.where(rows >= entry.row[:, None], ops.take_rows(outputs, rows), t[:, None])
-            slopes = [*K, field(t + h, y_new)]
-            return interpolate(ops, method.tableau, t, h, y, slopes, times)
+            return interpolate(ops, method.tableau, t, h, y, stages.complete(field, K, y_new, end), times)
 
         def emit_nothing(y_new):
             return ops.broadcast_to(0 * y_new[:, None], (y.shape[0], window, y.shape[1]))
@@ -110,18 +201,14 @@ class Steps:
             leaps = (entry.jump >= 0)[:, None]
             times = ops.where(leaps[:, 0], ops.take_rows(jumps, j[:, None])[:, 0], t)
             early = times - ops.stop_gradient(times)
-            before = flow(field, ops.stop_gradient(times), y_new, early)
+            move = (lambda t, y, d: y) if ops.is_constant(jumps) else (lambda *args: flow(field, *args))
+            before = move(ops.stop_gradient(times), y_new, early)
             after = system.jump(times, before, j, theta)
-            y_after = flow(field, times, after, -early)
-            return ops.where(leaps, y_after, y_new), ops.stack([before, after], 1)
+            y_new = ops.where(leaps, move(times, after, -early), y_new)
+            return y_new, ops.stack([before, after], 1)
 
-        y_new, around = ops.cond_or_both(
-            ops.any(entry.jump >= 0), leap, lambda y_new: (y_new, ops.stack([y_new, y_new], 1)), y_new
-        )
+        def stay(y_new):
+            return y_new, ops.stack([y_new, y_new], 1)
+
+        y_new, around = ops.cond_or_both(ops.any(entry.jump >= 0), leap, stay, y_new)
         return ops.where(advances, y_new, y), emitted, around
-
-
-def flow(field: Callable, t: Array, y: Array, d: Array) -> Array:
-    """The state at t + d where that at t is y, for d = 0: its first and second derivatives are right."""
-    half = d[:, None] / 2
-    return y + 2 * half * field(t + d / 2, y + half * field(t, y))

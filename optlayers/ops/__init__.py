@@ -89,7 +89,7 @@ class Ops(Protocol):
         ...
 
     def argsort(self, x: Array) -> Array:
-        """Indices that sort the last axis, ascending."""
+        """Indices that sort the last axis, ascending; equal entries keep their order."""
         ...
 
     def scatter_add(self, values: Array, indices: Array, size: int) -> Array:
@@ -244,6 +244,14 @@ class MatrixFreeOps(Ops, Protocol):
     def weighted_sum(self, weights: Sequence[float], arrays: Sequence[Array]) -> Array: ...
     def largest(self, x: Array) -> Any:
         """The largest of the integers x, under a vectorising map in any of its calls: for `repeat`."""
+        ...
+
+    def is_constant(self, x: Array) -> bool:
+        """Whether it is known that no derivative in x will be asked for."""
+        ...
+
+    def bounded_repeat(self, count: Any, limit: int, body: Callable, state: Any) -> Any:
+        """As `repeat` with a count of at most `limit`, and differentiable in every mode."""
         ...
 
     def explicit(

@@ -219,6 +219,30 @@ def weighted_sum(weights, arrays):
 largest = jnp.max
 
 
+def is_constant(x):
+    return not isinstance(x, jax.core.Tracer)
+
+
+def bounded_repeat(count, limit, body, state):
+    # In chunks, so that what is behind the count costs about the square root of the limit.
+    chunk = math.isqrt(limit) + 1
+    step = jax.checkpoint(body)
+
+    def one(carry, _):
+        i, state = carry
+        return (i + 1, lax.cond(i < count, step, lambda state: state, state)), None
+
+    def many(carry, _):
+        i, state = carry
+        run = lambda carry: lax.scan(one, carry, None, length=chunk)[0]
+        skip = lambda carry: (carry[0] + chunk, carry[1])
+        return lax.cond(i < count, run, skip, carry), None
+
+    state = jax.tree.map(jnp.asarray, state)
+    (_, state), _ = lax.scan(many, (jnp.zeros_like(count), state), None, length=chunk)
+    return state
+
+
 def explicit(functions, examples):
     converted, theta = [], []
     for function, arguments in zip(functions, examples, strict=True):

@@ -107,7 +107,7 @@ def take(x, indices, axis=-1):
 
 
 def argsort(x):
-    return torch.argsort(x, -1)
+    return torch.argsort(x, dim=-1, stable=True)
 
 
 def scatter_add(values, indices, size):
@@ -426,6 +426,14 @@ def weighted_sum(weights, arrays):
 
 def largest(x):
     return _outside(lambda x: int(x.max()), x)
+
+
+def is_constant(x):
+    return not (x.requires_grad or _is_dual())
+
+
+def bounded_repeat(count, limit, body, state):
+    return repeat(count, body, state)
 
 
 def explicit(functions, examples):

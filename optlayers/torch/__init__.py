@@ -7,6 +7,7 @@ from ..layers.control_path import ControlPath
 from ..layers.cvxpy import Solution
 from ..layers.fixed_point import Exact, FixedPointInfo, Neumann, OneStep, Phantom, Shine
 from ..layers.ode import ODEInfo
+from ..layers.ode_adjoint import Discrete
 from ..solvers.admm import ADMM
 from ..solvers.fixed_point import Anderson, Broyden, NewtonKrylov, Picard
 from ..solvers.host import OSQP, SCS, Clarabel
@@ -30,6 +31,7 @@ __all__ = [
     "ControlPath",
     "CvxpyLayer",
     "DEQ",
+    "Discrete",
     "Exact",
     "FixedPointInfo",
     "InteriorPoint",

@@ -16,6 +16,7 @@ from ..layers.control_path import (
     controlled_field,
 )
 from ..layers.ode import InitialValueProblem, Jumps, ODEInfo, ode_doc, odeint_doc
+from ..layers.ode_adjoint import Adjoint, Discrete
 from ..ops import torch as ops
 from ..solvers.tableaux import Tableau
 
@@ -29,7 +30,9 @@ def odeint(
     rtol: float | None = None,
     atol: float | None = None,
     method: str | Tableau = "dopri5",
+    adjoint: Adjoint = Discrete(),
     jumps: Jumps | None = None,
+    event: Callable | None = None,
     step_size: float | None = None,
     first_step: float | None = None,
     max_steps: int = 1024,
@@ -50,8 +53,10 @@ def odeint(
         >>> round(y[-1].item(), 4), round(rate.grad.item(), 4)
         (0.3679, 0.3679)
     """
-    problem = InitialValueProblem(method, rtol, atol, step_size, first_step, max_steps, order, on_failure)
-    y, info = problem(ops, lambda t, y: func(t, y, *args), y0, t, jumps)
+    problem = InitialValueProblem(
+        method, rtol, atol, adjoint, step_size, first_step, max_steps, order, on_failure
+    )
+    y, info = problem(ops, lambda t, y: func(t, y, *args), y0, t, jumps, event)
     return (y, info) if return_info else y
 
 
@@ -74,6 +79,7 @@ class ODE(nn.Module):
         rtol: float | None = None,
         atol: float | None = None,
         method: str | Tableau = "dopri5",
+        adjoint: Adjoint = Discrete(),
         step_size: float | None = None,
         first_step: float | None = None,
         max_steps: int = 1024,
@@ -83,15 +89,19 @@ class ODE(nn.Module):
         super().__init__()
         self.func = func
         self.settings = InitialValueProblem(
-            method, rtol, atol, step_size, first_step, max_steps, order, on_failure
+            method, rtol, atol, adjoint, step_size, first_step, max_steps, order, on_failure
         )
 
-    def solve(self, y0: Any, t: Tensor, *args: Any, jumps: Jumps | None = None) -> tuple[Any, ODEInfo]:
+    def solve(
+        self, y0: Any, t: Tensor, *args: Any, jumps: Jumps | None = None, event: Callable | None = None
+    ) -> tuple[Any, ODEInfo]:
         """The solution, and what became of each sample."""
-        return self.settings(ops, lambda t, y: self.func(t, y, *args), y0, t, jumps)
+        return self.settings(ops, lambda t, y: self.func(t, y, *args), y0, t, jumps, event)
 
-    def forward(self, y0: Any, t: Tensor, *args: Any, jumps: Jumps | None = None) -> Any:
-        return self.solve(y0, t, *args, jumps=jumps)[0]
+    def forward(
+        self, y0: Any, t: Tensor, *args: Any, jumps: Jumps | None = None, event: Callable | None = None
+    ) -> Any:
+        return self.solve(y0, t, *args, jumps=jumps, event=event)[0]
 
 
 @continues(control_path_doc)
