@@ -11,8 +11,12 @@ from frontends import FRONTENDS
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves torch its share of a GPU
 # Each test compiles for one call: eight times faster to compile, two to three times slower to run.
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
-os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
+QUICK_TO_COMPILE = {
+    "xla_backend_optimization_level": "0",
+    "xla_cpu_use_fusion_emitters": "false",
+    "xla_llvm_disable_expensive_passes": "true",
+}
+os.environ.setdefault("XLA_FLAGS", " ".join(f"--{flag}={x}" for flag, x in QUICK_TO_COMPILE.items()))
 
 try:
     import jax

@@ -176,6 +176,11 @@ CASES = {
         *(normal(3), normal(2, 4), normal(2, 3, 4), normal(0, 4)),
     )
     + each(lambda ops, x: ops.take(x, indices(ops, [], x)), lambda x: x[..., :0], *MATRICES),
+    "argsort": each(
+        lambda ops, x: x * 0 + ops.cast(ops.argsort(x), x),
+        lambda x: np.argsort(x, -1).astype(x.dtype),
+        *(normal(5), normal(2, 4), normal(0, 3)),
+    ),
     "scatter_add": each(
         lambda ops, x: ops.scatter_add(x, indices(ops, [3, 0, 3, 1], x), 5),
         lambda x: add_at(x, [3, 0, 3, 1], 5),
@@ -897,6 +902,43 @@ def test_leaf_keeps_the_contract_of_a_custom_operator(torch):
     torch.library.opcheck(torch.ops.optlayers.leaf.default, arguments)
 
 
+# Increments
+
+
+CUBE_DERIVATIVES = [lambda x: x**3, lambda x: 3 * x**2, lambda x: 6 * x, lambda x: 6 + 0 * x]
+SEQUENCES = [modes for n in range(1, 4) for modes in itertools.product(MODES, repeat=n)]
+
+
+def times(r, transposed, matrix):
+    return r @ (matrix if transposed else matrix.mT)
+
+
+def test_increment(ops, framework, rng):
+    """Zero; tangents are mapped by the matrix and cotangents by its transpose, also under vmap."""
+    matrices, r, t = rng.normal(size=(3, 2, 2)), rng.normal(size=(3, 4, 2)), rng.normal(size=(3, 4, 2))
+
+    def derivatives(matrix, r, t):
+        function = lambda r: ops.increment(times, r, matrix)
+        _, pullback = framework.vjp(function, r)[:2]
+        value, tangent = framework.jvp(function, (r,), (t,))
+        return value, tangent, pullback(t)[0]
+
+    arrays = [framework.array(x) for x in (matrices, r, t)]
+    mapped = framework.vmap(derivatives)(*arrays)
+    for actual, expected in zip(mapped, (0 * t, t @ matrices.mT, t @ matrices), strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("modes", SEQUENCES, ids="-".join)
+def test_increment_of_any_order(ops, framework, modes):
+    """Its derivatives are those of 3 x^3, whose value it has not."""
+    x = np.array([0.5, -1.5])
+    scale = lambda r, transposed, factor: factor * r
+    function = lambda x: ops.increment(scale, x**3, framework.array(np.full(2, 3.0)))
+    derivative = framework.fast(differentiate(framework, function, modes))(framework.array(x))
+    assert_close(derivative, 3 * CUBE_DERIVATIVES[len(modes)](x))
+
+
 # Guards
 
 
@@ -913,10 +955,6 @@ def guarded_cube(ops, order):
 
 def guarded(ops, order):
     return lambda x: ops.guard(x, order, MESSAGE)
-
-
-CUBE_DERIVATIVES = [lambda x: x**3, lambda x: 3 * x**2, lambda x: 6 * x, lambda x: 6 + 0 * x]
-SEQUENCES = [modes for n in range(1, 4) for modes in itertools.product(MODES, repeat=n)]
 
 
 @pytest.mark.parametrize("modes", SEQUENCES, ids="-".join)
