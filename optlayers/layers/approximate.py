@@ -14,7 +14,7 @@ from ..implicit import attach
 from ..linalg.kkt import Factor, Problem, factorize_at, matvec, solve_refined
 from ..linalg.rows import Linearization, project
 from ..ops import Array, Leaf, Ops, select
-from ..solvers.newton import smallest_regularization
+from ..solvers.refinement import smallest_regularization
 from ..status import is_usable
 
 

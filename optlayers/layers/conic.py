@@ -23,8 +23,8 @@ from ..solvers.admm import ADMM
 from ..solvers.base import RUNNING, Solver, advance, conclude, run, start
 from ..solvers.choice import choose, configure
 from ..solvers.host import Clarabel
-from ..solvers.newton import Point, smallest_regularization
-from ..solvers.scaling import equilibrate
+from ..solvers.refinement import Point, smallest_regularization
+from ..solvers.scaling import Scaling, equilibrate
 from ..status import Status, check, is_usable
 from .approximate import LPGD, Smoothed, lpgd, smoothed
 
@@ -98,10 +98,15 @@ class ConicSolve:
         progress = progress._replace(status=ops.where(finite, progress.status, Status.NON_FINITE.code))
         if warm:
             steps = self.solvers[0].refine
-            progress = advance(ops, self.cones, problem, scaling, progress, point, steps, self.eps)
+            progress, _ = advance(ops, self.cones, problem, scaling, progress, point, steps, self.eps)
         for solver in self.solvers:
-            more = lambda p, solver=solver: run(ops, solver, self.cones, problem, scaling, p, self.eps)
-            progress = ops.cond(ops.any(progress.status == RUNNING), more, lambda p: p, progress)
+
+            def work(data, progress, solver=solver):
+                problem, scaling = Problem(*data[:6]), Scaling(*data[6:])
+                return run(ops, solver, self.cones, problem, scaling, progress, self.eps)
+
+            data, ndims = (*problem, *scaling), (*self.input_ndims[:6], 1, 1, 1)
+            progress = ops.on_rows(progress.status == RUNNING, work, data, ndims, progress)
         best, status, iterations = conclude(ops, progress, self.eps)
         if self.check:
             ops.on_host(check, status, best.residual)

@@ -126,6 +126,23 @@ class Ops(Protocol):
         """`true(*operands)` or `false(*operands)`; both return the same structure."""
         ...
 
+    def on_rows(
+        self,
+        mask: Array,
+        function: Callable[[Sequence[Array], Any], Any],
+        data: Sequence[Array],
+        ndims: Sequence[int],
+        state: Any,
+    ) -> Any:
+        """`function(data, state)` if any of the `mask` (B,) holds, else `state`, a tree of arrays (B, ...).
+
+        The function treats rows by themselves and leaves those outside the mask alone, which may be left out.
+
+        Args:
+            ndims: numbers of axes of the data; one axis more, in front, is the batch, of length B or 1.
+        """
+        ...
+
     def cond_or_both(self, condition: Array, both: Callable, false: Callable, operand: Any) -> Any:
         """`false(operand)` where `condition` is known to be false, or at run time; else `both(operand)`.
 

@@ -293,6 +293,10 @@ def reported(x, failed, function, *arrays):
     return jnp.where(failed[:, None], jnp.nan, x)
 
 
+def on_rows(mask, function, data, ndims, state):
+    return lax.cond(jnp.any(mask), function, lambda data, state: state, tuple(data), state)
+
+
 def cond_or_both(condition, both, false, operand):
     return lax.cond(condition, both, false, operand)
 

@@ -174,6 +174,19 @@ def _is_known(x) -> bool:
     return not isinstance(x, FakeTensor)
 
 
+def on_rows(mask, function, data, ndims, state):
+    rows = torch.nonzero(mask)[:, 0]
+    if not len(rows):
+        return state
+    if 2 * len(rows) > len(mask):
+        return function(data, state)
+    is_batched = [x.ndim > own and len(x) == len(mask) for x, own in zip(data, ndims, strict=True)]
+    part = [x[rows] if batched else x for x, batched in zip(data, is_batched, strict=True)]
+    result = function(part, torch.utils._pytree.tree_map(lambda x: x[rows], state))
+    put = lambda old, new: torch.index_copy(old, 0, rows, new)
+    return torch.utils._pytree.tree_map(put, state, result)
+
+
 def cond_or_both(condition, both, false, operand):
     return false(operand) if _is_known(condition) and not bool(condition) else both(operand)
 

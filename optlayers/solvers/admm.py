@@ -42,7 +42,7 @@ class ADMM:
         rho: starting penalty, in units of the scaled problem.
         sigma: proximal weight on x.
         alpha: over-relaxation, in (0, 2).
-        refine: Newton steps tried at each check; see `optlayers.solvers.newton`.
+        refine: Newton steps tried at each check; see `optlayers.solvers.refinement`.
         scaling: equilibration passes.
     """
 

@@ -18,7 +18,7 @@ from ..linalg.kkt import Factor, Problem, matvec, norm
 from ..linalg.rows import linearize, recession, support
 from ..ops import Array, Ops
 from ..status import Status
-from .newton import Point, refine
+from .refinement import Point, refine
 from .scaling import Scaling
 
 RUNNING = -1
@@ -95,8 +95,9 @@ def run(
         running = progress.status == RUNNING
         state = solver.step(ops, cones, problem, state)
         point = solver.point(ops, cones, problem, state)
-        best, status, iterations = advance(ops, cones, problem, scaling, progress, point, solver.refine, eps)
-        iterations = iterations + solver.check_every * ops.to_int(running)
+        progress, steps = advance(ops, cones, problem, scaling, progress, point, solver.refine, eps)
+        best, status, iterations = progress
+        iterations = iterations + (solver.check_every * ops.to_int(running) if solver.max_iter else steps)
         certificate = certify(ops, cones, problem, solver.direction(state))
         status = ops.where(status == RUNNING, certificate, status)
         return k + 1, state, Progress(best, status, iterations)
@@ -118,15 +119,14 @@ def advance(
     point: tuple[Array, Array],
     steps: int,
     eps: float,
-) -> Progress:
-    """Refine `point` by at most `steps` Newton steps; problems that it solves are SOLVED."""
+) -> tuple[Progress, Array]:
+    """Refine `point` by at most `steps` Newton steps, counted (B,); problems that it solves are SOLVED."""
     target, accept, _ = tolerances(ops, eps, problem.q)
     best, status, iterations = progress
     running = status == RUNNING
-    best = refine(ops, cones, problem, scaling, best, point, steps, target, running)
-    return Progress(
-        best, ops.where(running & (best.residual <= accept), Status.SOLVED.code, status), iterations
-    )
+    best, count = refine(ops, cones, problem, scaling, best, point, steps, target, running)
+    status = ops.where(running & (best.residual <= accept), Status.SOLVED.code, status)
+    return Progress(best, status, iterations), count
 
 
 def conclude(ops: Ops, progress: Progress, eps: float) -> Progress:

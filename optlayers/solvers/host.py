@@ -63,7 +63,7 @@ class Host:
     Args:
         max_iter: iteration limit of the library.
         options: further settings under the library's own names.
-        refine: Newton steps tried on the answer; see `optlayers.solvers.newton`.
+        refine: Newton steps tried on the answer; see `optlayers.solvers.refinement`.
         scaling: equilibration passes.
     """
 

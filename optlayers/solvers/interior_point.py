@@ -78,7 +78,7 @@ class InteriorPoint:
     Args:
         max_iter: iterations before it gives up.
         check_every: iterations between two checks (active-set refinement, certificates).
-        refine: Newton steps tried at each check; see `optlayers.solvers.newton`.
+        refine: Newton steps tried at each check; see `optlayers.solvers.refinement`.
         scaling: equilibration passes.
         regularization: starting value of rho and delta, which then shrink with the complementarity.
         linear_steps: steps of iterative refinement of a solution of a linear system.

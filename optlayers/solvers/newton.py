@@ -1,105 +1,40 @@
-"""Refinement of an approximate solution by semismooth Newton steps on the KKT residual map.
-
-On a QP a step solves for the rows that are active at the current point: a primal-dual active-set method
-(Hintermueller, Ito and Kunisch 2003). Steps are not damped: the residual may rise before it falls, so the
-best point seen is kept. The factor of the step that led to it is kept too, for the derivative.
-"""
+"""Newton's method from the starting point, with nothing before it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from ..cones import Cones
-from ..linalg.kkt import Factor, Problem, factorize, matvec, norm, solve_refined
-from ..linalg.rows import project
-from ..ops import Array, Ops, select
-from .scaling import Scaling
+from ..linalg.kkt import Problem
+from ..ops import Array, Ops
+from .base import Direction
 
 
-class Point(NamedTuple):
-    """A primal-dual point (B, n), (B, m), its relative residual (B,) and the factor of J there."""
+@dataclass(frozen=True)
+class Newton:
+    """Semismooth Newton steps on the KKT residual; on quadratic programs a primal-dual active-set method.
 
-    x: Array
-    v: Array
-    residual: Array
-    factor: Factor
-
-
-def evaluate(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Array, v: Array):
-    """F at (x, v) and the larger of the two relative residuals in the units of the user's problem.
-
-    The unit of the primal one is the largest of b and A x, and 1 only if that is larger and b is zero; that
-    of the dual one likewise.
-    """
-    s = project(ops, cones, problem.bounds, v)
-    Px, Aty, Ax = matvec(problem.P, x), matvec(problem.A.mT, s - v), matvec(problem.A, x)
-    F = Px + problem.q + Aty, Ax + s - problem.b
-    dual_unit, primal_unit = 1 / (scaling.c * scaling.D), 1 / scaling.E
-    dual = _relative(ops, F[0] * dual_unit, problem.q * dual_unit, Aty * dual_unit)
-    primal = _relative(ops, F[1] * primal_unit, problem.b * primal_unit, Ax * primal_unit)
-    return F, ops.where(_is_resolved(ops, cones, problem, scaling, s), ops.maximum(dual, primal), ops.inf)
-
-
-def _relative(ops: Ops, residual: Array, data: Array, term: Array) -> Array:
-    given = norm(ops, data)
-    unit = ops.where(given > 0, ops.minimum(ops.maximum(given, 1e-12), 1.0), 1.0)
-    return norm(ops, residual) / (unit + ops.maximum(given, norm(ops, term)))
-
-
-def _is_resolved(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, s: Array) -> Array:
-    """Whether the curved cones still see the data (B,): beside a slack of size 1 / sqrt(eps) they vanish.
-
-    Projections square their arguments, so that there, in |(1, x)| <= x say, any x would do: the iterates of
-    a problem that is infeasible by less than any number would pass for a solution.
-    """
-    size, data = norm(ops, (s / scaling.E)[:, problem.l.shape[-1] :]), norm(ops, problem.b / scaling.E)
-    return ops.eps(s) ** 0.5 * size <= 1 + data
-
-
-def smallest_regularization(ops: Ops, x: Array) -> float:
-    """Balances the error of the regularisation, e, against that of rounding, eps / e."""
-    return ops.eps(x) ** 0.5
-
-
-def refine(
-    ops: Ops,
-    cones: Cones,
-    problem: Problem,
-    scaling: Scaling,
-    best: Point,
-    start: tuple[Array, Array],
-    steps: int,
-    target: float,
-    active: Array,
-) -> Point:
-    """The better of `best` and of at most `steps` Newton iterates from `start` = (x, v), per problem.
+    It solves most strictly convex quadratic programs from any start, and any problem from a solution of one
+    close by. Where it does not settle the next solver goes on.
 
     Args:
-        target: relative residual at which a problem needs no further step.
-        active: (B,) the problems that count: the others keep `best`, and when all of them have reached the
-            target, iteration stops.
+        refine: number of steps; see `optlayers.solvers.refinement`.
+        scaling: equilibration passes.
     """
-    floor = smallest_regularization(ops, problem.q)
 
-    def body(state):
-        k, best, (x, v), (F, error) = state
-        e = ops.minimum(ops.maximum(0.01 * error, floor), 0.01)[:, None]
-        factor = factorize(ops, cones, problem, v, e)
-        dx, dv = solve_refined(ops, cones, problem.P, problem.A, factor, F)
-        x, v = x + dx, v + dv
-        F, error = evaluate(ops, cones, problem, scaling, x, v)
-        # A problem that has reached the target stays as it is, whatever the rest of the batch still needs.
-        better = active & (best.residual > target) & (error < best.residual)
-        return k + 1, select(ops, better, Point(x, v, error, factor), best), (x, v), (F, error)
+    refine: int = 10
+    scaling: int = 5
+    max_iter: int = 0
+    check_every: int = 0
 
-    def unfinished(state):
-        k, best, *_ = state
-        return (k < steps) & ops.any(active & (best.residual > target))
+    def init(self, ops: Ops, cones: Cones, problem: Problem, x: Array, v: Array, active: Array):
+        return x, v
 
-    F, error = evaluate(ops, cones, problem, scaling, *start)
-    # The start itself may be the best; e = 1 says that the factor kept is not one of this point.
-    better = active & (best.residual > target) & (error < best.residual)
-    kept = best.factor._replace(e=ops.where(better[:, None], 1.0, best.factor.e))
-    x, v, residual = select(ops, better, (*start, error), best[:3])
-    state = (0, Point(x, v, residual, kept), start, (F, error))
-    return ops.while_loop(unfinished, body, state)[1]
+    def step(self, ops: Ops, cones: Cones, problem: Problem, state):
+        return state
+
+    def point(self, ops: Ops, cones: Cones, problem: Problem, state) -> tuple[Array, Array]:
+        return state
+
+    def direction(self, state) -> Direction:
+        return Direction(*(0 * z for z in state))

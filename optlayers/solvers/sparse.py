@@ -25,7 +25,7 @@ from ..linalg.sparse import HOST, REGULARIZATION, HostMatrix, SparseFactor, deri
 from ..status import Status, check, is_usable
 from .base import RUNNING, Direction, Progress, certify, conclude, tolerances
 from .host import Host, _program
-from .newton import Point, evaluate
+from .refinement import Point, evaluate
 from .scaling import Scaling
 
 # Arrays that describe P and A, in front of all others.

@@ -902,6 +902,26 @@ def test_leaf_keeps_the_contract_of_a_custom_operator(torch):
     torch.library.opcheck(torch.ops.optlayers.leaf.default, arguments)
 
 
+@pytest.mark.parametrize("masked", [[], [2], [0, 2, 3]])
+def test_on_rows(ops, framework, masked):
+    """A batched, a shared and a broadcast array; rows outside the mask keep their state."""
+    mask = np.isin(np.arange(4), masked)
+    data = [np.arange(8.0).reshape(4, 2), np.arange(4.0), np.arange(2.0).reshape(1, 2)]
+    state = np.zeros((4, 2)), np.arange(4.0)
+
+    def work(data, state):
+        (own, shared, row), (total, index) = data, state
+        inside = ops.any(index[:, None] == framework.array(np.array([*masked, -1.0]))[None], -1)
+        new = own + shared[:2][None] + row
+        return ops.where(inside[:, None], new, total), index
+
+    arrays = [framework.array(x) for x in data], tuple(framework.array(x) for x in state)
+    result = ops.on_rows(framework.array(mask), work, arrays[0], (1, 1, 1), arrays[1])
+    expected = np.where(mask[:, None], data[0] + 2 * np.arange(2.0), 0.0)
+    for actual, wanted in zip(result, (expected, state[1]), strict=True):
+        assert_close(actual, wanted)
+
+
 # Increments
 
 
