@@ -14,6 +14,7 @@ nestings and vectorising maps follow from those of the framework.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,14 +45,12 @@ def attach(
 class Implicit:
     """A layer from a solver and the equation that its result satisfies; see `implicit` of the frontends."""
 
-    ops: Ops
     solve: Callable[..., Array]
     residual: Callable[..., Array]
     linear_solve: Callable[[Callable, Array], Array] | None = None
     order: int = 2
 
-    def __call__(self, *theta: Any) -> Array:
-        ops = self.ops
+    def apply(self, ops: Ops, *theta: Any) -> Array:
         root = ops.call_detached(self.solve, *theta)
         shape = tuple(root.shape)
 
@@ -64,17 +63,16 @@ class Implicit:
                 )
             return F
 
-        return attach(ops, residual, self._inverse(residual, root), root, self.order)
+        return attach(ops, residual, self._inverse(ops, residual, root), root, self.order)
 
-    def _inverse(self, residual: Callable, root: Array) -> Callable[[Array], Array]:
-        ops = self.ops
+    def _inverse(self, ops: Ops, residual: Callable, root: Array) -> Callable[[Array], Array]:
         if self.linear_solve is not None:
             tangent = ops.frozen_jvp(residual, root)
             return lambda r: self.linear_solve(tangent, r)  # type: ignore[misc]
-        factor = ops.lu_factor(ops.stop_gradient(ops.jacobian(residual, root)))
+        factor = ops.lu_factor(ops.jacobian(residual, root))
 
         def invert(r, transposed, *factor):
-            column = ops.reshape(r, (r.shape[0], -1, 1))
+            column = ops.reshape(r, (r.shape[0], math.prod(r.shape[1:]), 1))
             return ops.reshape(ops.lu_solve(factor, column, transpose=transposed), r.shape)
 
         return lambda r: ops.increment(invert, r, *factor)

@@ -68,6 +68,15 @@ class Jax:
         self.CvxpyLayer, self.implicit = self.module.CvxpyLayer, self.module.implicit
         self.xp = self.framework.numpy
         self.transforms = self.framework
+        # XLA without the optimisations that cost most of the time of these tests, where it knows the options.
+        self.options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+        try:
+            self.compiled(abs)(1.0)
+        except Exception:
+            self.options = {}
+
+    def compiled(self, function):
+        return self.framework.jit(function, compiler_options=self.options)
 
     def array(self, x, dtype="float64"):
         return self.xp.asarray(np.asarray(x), dtype=dtype_of(x, dtype))
@@ -89,7 +98,7 @@ class Jax:
             gradients = pullback(tuple(c.conj() for c in cotangents))
             return outputs, [g.conj() for g in gradients]
 
-        compiled = self.framework.jit(traced)
+        compiled = self.compiled(traced)
 
         def call(values, cotangents):
             arrays = [[self.array(x, dtype) for x in xs] for xs in (values, cotangents)]

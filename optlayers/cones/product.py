@@ -106,12 +106,11 @@ def _layout(cones: Cones) -> _Layout:
 
     blocks, rows = [], []
     for cone, first in starts.items():
-        index = (np.array(first)[:, None] + np.arange(cone.rows)).ravel()
+        index = [row + i for row in first for i in range(cone.rows)]
         adjacent = index[-1] - index[0] + 1 == len(index)
-        blocks.append(_Block(cone, len(first), first[0], None if adjacent else index))
-        rows.append(index)
-    rows = np.concatenate(rows) if rows else np.zeros(0, int)
-    return _Layout(tuple(blocks), None if np.all(rows[1:] > rows[:-1]) else np.argsort(rows))
+        blocks.append(_Block(cone, len(first), first[0], None if adjacent else np.array(index)))
+        rows.extend(index)
+    return _Layout(tuple(blocks), None if rows == sorted(rows) else np.argsort(rows))
 
 
 def _split(ops: Ops, blocks: Sequence[_Block], u: Array) -> list[Array]:

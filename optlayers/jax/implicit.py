@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from jax import Array
 
 from ..implicit import Implicit
 from ..ops import jax as ops
+
+
+class _Layer(Implicit):
+    def __call__(self, *theta: Any) -> Array:
+        return self.apply(ops, *theta)
 
 
 def implicit(
@@ -39,4 +45,4 @@ def implicit(
         >>> round(gradient.item(), 4)  # 1 / (3 * 2**2)
         0.0833
     """
-    return Implicit(ops, solve, residual, linear_solve, order)
+    return _Layer(solve, residual, linear_solve, order)

@@ -69,14 +69,14 @@ def _theta(ops: Ops, program: Program, values: Sequence[Array], keep: Sequence[b
     return ops.concat(blocks, -1) if blocks else None
 
 
-def evaluate(ops: Ops, program: Program, values: Sequence[Array], like: Array) -> Problem:
+def evaluate(ops: Ops, program: CvxpyProgram, values: Sequence[Array], like: Array) -> Problem:
     """The data of the program for flat parameter values (size,) or (B, size).
 
     A matrix or vector that no batched parameter enters has no batch axis.
     """
     batched = tuple(value.ndim == 2 for value in values)
-    shared_theta = _theta(ops, program, values, [not b for b in batched])
-    batched_theta = _theta(ops, program, values, batched)
+    shared_theta = _theta(ops, program.program, values, [not b for b in batched])
+    batched_theta = _theta(ops, program.program, values, batched)
 
     def build(split: _Split) -> Array:
         flat, size = ops.constant(split.constant, like), split.constant.size
@@ -88,8 +88,8 @@ def evaluate(ops: Ops, program: Program, values: Sequence[Array], like: Array) -
                 flat = _row(flat, part) + part
         return ops.reshape(flat, (*flat.shape[:-1], *split.shape))
 
-    P, q, A, b = (build(split) for split in _splits(program, batched))
-    lower, upper = (ops.constant(bound, like) for bound in _bounds(program))
+    P, q, A, b = (build(split) for split in program.splits(batched))
+    lower, upper = (ops.constant(bound, like) for bound in program.bounds())
     return Problem(P, q, A, b, lower, upper)
 
 
@@ -212,13 +212,23 @@ class CvxpyProgram:
         self.program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
         self.solver_args = dict(solver_args or {})
         self._choices = dict(choices)
-        self.layer(None)
+        self._layer = self._configured({})
 
     def layer(self, solver_args: Mapping[str, Any] | None) -> ConicLayer:
         """The settings of one call, in which `solver_args` go before those of the constructor."""
+        return self._configured(solver_args) if solver_args else self._layer
+
+    # Frontends may compile what calls these two; they are functions of constants, to be run and not traced.
+    def splits(self, batched: tuple[bool, ...]) -> tuple[_Split, ...]:
+        return _splits(self.program, batched)
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        return _bounds(self.program)
+
+    def _configured(self, solver_args: Mapping[str, Any]) -> ConicLayer:
         cones = curved_part(self.program.cones)
         linear = not len(self.program.P.positions)
-        arguments = self.solver_args | dict(solver_args or {})
+        arguments = self.solver_args | dict(solver_args)
         return conic_layer(cones, linear, solver_args=arguments, **self._choices)
 
     def solve(
@@ -230,7 +240,7 @@ class CvxpyProgram:
         for value, own in zip(values, self.parameters, strict=True):
             value = flatten_batch(ops, value, own.ndim)
             flat.append(ops.widest(ops.reshape(value, (*value.shape[: value.ndim - own.ndim], own.size))))
-        data = evaluate(ops, self.program, flat, ops.widest(like))
+        data = evaluate(ops, self, flat, ops.widest(like))
         warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
         with batch_axes(lead):
             solution = layer(ops, data, *warm)

@@ -185,7 +185,10 @@ class Ops(Protocol):
         ...
 
     def jacobian(self, function: Callable, x: Array) -> Array:
-        """Jacobians (B, k, k) of a map of (B, ...) to itself that treats each row of the batch by itself."""
+        """Jacobians (B, k, k) of a map of (B, ...) to itself that treats each row of the batch by itself.
+
+        They have no derivatives themselves.
+        """
         ...
 
     def surrogate_gradient(

@@ -160,13 +160,13 @@ def increment(solve, r, *frozen):
 
 
 def jacobian(function, x):
-    size = math.prod(x.shape[1:])
+    size, x = math.prod(x.shape[1:]), lax.stop_gradient(x)
 
     def column(e):
         direction = jnp.broadcast_to(e.reshape(x.shape[1:]), x.shape)
         return jax.jvp(function, (x,), (direction,))[1].reshape(x.shape[0], size)
 
-    return jax.vmap(column, out_axes=-1)(jnp.eye(size, dtype=x.dtype))
+    return lax.stop_gradient(jax.vmap(column, out_axes=-1)(jnp.eye(size, dtype=x.dtype)))
 
 
 def tree_flatten(tree):

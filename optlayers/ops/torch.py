@@ -13,6 +13,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
+from .encoding import decode, encode
+
 sqrt, exp, log, isfinite = torch.sqrt, torch.exp, torch.log, torch.isfinite
 inf, nan = torch.inf, torch.nan
 
@@ -234,16 +236,24 @@ def frozen_jvp(function, x):
 
 
 def jacobian(function, x):
-    size = math.prod(x.shape[1:])
-    basis = torch.eye(size, dtype=x.dtype, device=x.device)
+    size, x = math.prod(x.shape[1:]), x.detach()
+    basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])
+    basis = basis.expand(size, *x.shape)
+    # By reverse mode: torch nests no forward mode in another, and the layer may be inside one. Both ways are
+    # needed: torch.func cannot work under hooks for saved tensors, nor plain autograd under torch.func.
+    if _is_transformed() or torch.compiler.is_dynamo_compiling():
+        pullback = torch.func.vjp(function, x)[1]
+        rows = torch.func.vmap(lambda e: pullback(e)[0])(basis)
+    else:
+        with torch.enable_grad(), _kept_as_they_are():
+            at = x.requires_grad_()
+            rows = _pull_back(function(at), at, basis, is_grads_batched=True)
+    return rows.detach().reshape(size, x.shape[0], size).movedim(0, -2)
 
-    # By reverse mode: torch nests no forward mode in another, and the layer may be inside one.
-    pullback = torch.func.vjp(function, x)[1]
 
-    def row(e):
-        return pullback(e.reshape(x.shape[1:]).expand(x.shape))[0].reshape(x.shape[0], size)
-
-    return torch.func.vmap(row, out_dims=-2)(basis)
+def _kept_as_they_are():
+    """Tensors of an inner graph are none of the business of hooks for saved tensors, such as a checkpoint's."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def tree_flatten(tree):
@@ -294,7 +304,7 @@ def _linear_map(function, x, transposed):
             pullback = torch.func.vjp(*((function, x) if transposed else (pull, torch.zeros_like(x))))[1]
         product = lambda w: pullback(w)[0]
     else:
-        with torch.enable_grad():
+        with torch.enable_grad(), _kept_as_they_are():
             at = x.detach().requires_grad_()
             image = function(at)
             if not transposed:
@@ -309,11 +319,11 @@ def _linear_map(function, x, transposed):
     return apply
 
 
-def _pull_back(y, x, weight, create_graph=False):
+def _pull_back(y, x, weight, **options):
     if not y.requires_grad:
-        return torch.zeros_like(x)
-    options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
-    return torch.autograd.grad(y, x, weight, materialize_grads=True, **options)[0]
+        return torch.zeros(weight.shape[: weight.ndim - y.ndim] + x.shape, dtype=x.dtype, device=x.device)
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True, **options}
+    return torch.autograd.grad(y, x, weight, **options)[0]
 
 
 class _Used(torch.overrides.TorchFunctionMode):
@@ -380,24 +390,27 @@ class _Increment(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def _solve(ctx, transposed, r):
-        with _undifferentiated():
-            solution = ctx.solve(r.detach(), transposed, *ctx.saved_tensors).detach()
-        return solution + _Increment.apply(r, ctx.solve, transposed, *ctx.saved_tensors)
-
-    @staticmethod
     def backward(ctx, gradient):
-        solution = _Increment._solve(ctx, not ctx.transposed, gradient)
-        return solution, *[None] * (len(ctx.saved_tensors) + 2)
+        tensors = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
+        solution = _inverted(gradient, ctx.solve, not ctx.transposed, *tensors)
+        return solution, *[None] * (len(tensors) + 2)
 
     @staticmethod
     def jvp(ctx, tangent, *_):
         # torch has disabled forward mode here, and would lose the tangents of an outer one in silence.
         with forward_ad._set_fwd_grad_enabled(True):
-            return _Increment._solve(ctx, ctx.transposed, tangent)
+            return _inverted(tangent, ctx.solve, ctx.transposed, *ctx.saved_tensors)
+
+
+def _inverted(r, solve, transposed, *frozen):
+    with _undifferentiated(), torch.autocast(r.device.type, enabled=False):
+        solution = solve(r.detach(), transposed, *frozen).detach()
+    return solution + _Increment.apply(r, solve, transposed, *frozen)
 
 
 def increment(solve, r, *frozen):
+    if torch.compiler.is_compiling():  # a function with rules of its own cannot be traced; linear operations can
+        return solve(r - r.detach(), False, *(x.detach() for x in frozen))
     return _Increment.apply(r, solve, False, *(x.detach() for x in frozen))
 
 
@@ -513,30 +526,39 @@ def replayed(values, replay, sweep, inputs):
     return replay(inputs) if _is_dual() else _Replayed.apply(values, sweep, *inputs)
 
 
-# A custom operator takes tensors and numbers only, so a leaf travels as its number in this table. Equal
-# leaves share a number: the table grows with the number of distinct solver settings, not of calls.
-_leaves: list = []
-_numbers: dict = {}
+# A custom operator takes tensors, numbers and strings only, so a leaf travels as text. The tables grow with
+# the number of distinct solver settings, not of calls.
+_texts: dict = {}
+_leaves: dict = {}
 
 
-def _number(solve) -> int:
-    if solve not in _numbers:
-        _leaves.append(solve)
-        _numbers[solve] = _leaves.index(solve)  # the first of its equals, should two threads meet here
-    return _numbers[solve]
+def _text(solve) -> str:
+    if solve not in _texts:
+        text = encode(solve)
+        _leaves[text], _texts[solve] = solve, text
+    return _texts[solve]
 
 
-# torch.compile must not trace the table: its new entries would be missing while the graph is built, and each
-# entry would recompile all earlier graphs. It can run a function of constants instead of tracing it, and a
-# leaf is made of constants; an object built in the traced function is not one, and its fields are not set.
-def _run_while_compiling(function):
+def _from_text(text):
+    if text not in _leaves:
+        _leaves[text] = decode(text)
+    return _leaves[text]
+
+
+# torch.compile must not trace the tables: their new entries would be missing while the graph is built, and
+# each entry would recompile all earlier graphs. It can run a function of constants instead of tracing it, and
+# a leaf is made of constants; an object built in the traced function is not one, and its fields are not set.
+def run_while_compiling(function):
     function._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports a lot
     return function
 
 
 def _parts(x):
     if dataclasses.is_dataclass(x):
-        return type(x), tuple([(f.name, _parts(getattr(x, f.name))) for f in dataclasses.fields(x)])
+        fields = [f.name for f in dataclasses.fields(x) if f.init]
+        return type(x), tuple([(name, _parts(getattr(x, name))) for name in fields])
+    if isinstance(x, dict):
+        return dict, tuple([(name, _parts(value)) for name, value in x.items()])
     if type(x) is tuple:
         return tuple, tuple([_parts(item) for item in x])
     # A number that differed between calls has become symbolic; guard_scalar gives its value back.
@@ -553,18 +575,18 @@ def _assemble(parts):
     return kind(**{name: _assemble(part) for name, part in content})
 
 
-@_run_while_compiling
-def _number_of_parts(parts):
-    return _number(_assemble(parts))
+@run_while_compiling
+def _text_of_parts(parts):
+    return _text(_assemble(parts))
 
 
 @torch.library.custom_op("optlayers::leaf", mutates_args=())
-def _leaf(number: int, inputs: list[Tensor]) -> list[Tensor]:
+def _leaf(solve: str, inputs: list[Tensor]) -> list[Tensor]:
     from . import torch as ops
 
     # An operator may not return memory that it was given, nor the same memory twice.
     seen, outputs = {x.untyped_storage().data_ptr() for x in inputs}, []
-    for output in _leaves[number](ops, *inputs):
+    for output in _from_text(solve)(ops, *inputs):
         output = output.contiguous()
         outputs.append(output.clone() if output.untyped_storage().data_ptr() in seen else output)
         seen.add(output.untyped_storage().data_ptr())
@@ -572,15 +594,15 @@ def _leaf(number: int, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @_leaf.register_fake
-def _(number, inputs):
-    shapes = _leaves[number].output_shapes([tuple(x.shape) for x in inputs])
+def _(solve, inputs):
+    shapes = _from_text(solve).output_shapes([tuple(x.shape) for x in inputs])
     dtypes = {"float": inputs[0].dtype, "int": torch.int64}
     return [inputs[0].new_empty(shape, dtype=dtypes[kind]) for shape, kind in shapes]
 
 
-def _leaf_vmap(info, in_dims, number, inputs):
+def _leaf_vmap(info, in_dims, text, inputs):
     """Fold the mapped axis into the batch axis: one call of the leaf on a larger batch."""
-    solve, count = _leaves[number], info.batch_size
+    solve, count = _from_text(text), info.batch_size
     ndims = solve.input_ndims[: len(inputs)]
     sizes = [
         x.shape[0 if dim is None else 1 if dim == 0 else 0]
@@ -599,7 +621,7 @@ def _leaf_vmap(info, in_dims, number, inputs):
         return x.expand(count, batch, *own).reshape(count * batch, *own)
 
     folded = [fold(*args) for args in zip(inputs, in_dims[1], ndims, strict=True)]
-    outputs = [x.reshape(count, batch, *x.shape[1:]) for x in _leaf(number, folded)]
+    outputs = [x.reshape(count, batch, *x.shape[1:]) for x in _leaf(text, folded)]
     return outputs, [0] * len(outputs)
 
 
@@ -607,8 +629,8 @@ _leaf.register_vmap(_leaf_vmap)
 
 
 def leaf(solve, inputs):
-    number = _number_of_parts(_parts(solve)) if torch.compiler.is_compiling() else _number(solve)
-    return _leaf(number, [x.detach() for x in inputs])
+    text = _text_of_parts(_parts(solve)) if torch.compiler.is_dynamo_compiling() else _text(solve)
+    return _leaf(text, [x.detach() for x in inputs])
 
 
 class _Zero(torch.autograd.Function):
@@ -631,26 +653,27 @@ class _Zero(torch.autograd.Function):
         ctx.save_for_forward(x)
 
     @staticmethod
-    def _lower(ctx):
+    def _lower(ctx, x):
         if ctx.order == 0:
             raise NotImplementedError(ctx.message)
-        (x,) = ctx.saved_tensors
         return _Zero.apply(x, ctx.order - 1, ctx.message)
 
     @staticmethod
     def backward(ctx, gradient):
-        return _Zero._lower(ctx).expand(ctx.saved_tensors[0].shape), None, None
+        (x,) = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
+        return _Zero._lower(ctx, x).expand(x.shape), None, None
 
     @staticmethod
     def jvp(ctx, *_):
-        return _Zero._lower(ctx)
+        (x,) = ctx.saved_tensors
+        return _Zero._lower(ctx, x)
 
 
 def _zero(x, order, message):
     return _Zero.apply(x, order, message)
 
 
-@_run_while_compiling
+@run_while_compiling
 def _keep_whole():
     """torch.compile cannot trace a function with a forward-mode rule; it can call one as it is."""
     torch.compiler.allow_in_graph(_zero)
@@ -671,7 +694,8 @@ class _Surrogate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        values, inputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        arrays = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
+        values, inputs = arrays[: ctx.count], arrays[ctx.count :]
         with torch.no_grad():
             results = ctx.backward_rule(values, inputs, cotangents)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -79,6 +79,8 @@ class SparseSolve:
             SolveError: some problems were not solved, and `check` is set.
         """
         lead, lanes = _lanes(arrays)
+        if not lanes:
+            return [np.zeros((*lead, *shape[1:])) for shape in self.output_shapes(1)]
         results = _in_threads(self._solve_lane, lanes)
         outputs = [np.stack(parts) for parts in zip(*(output for output, _ in results), strict=True)]
         outputs = [x.reshape(*lead, *x.shape[1:]) for x in outputs]
@@ -97,10 +99,13 @@ class SparseSolve:
             arrays: entries of P and of A; x_unique, y_unique, status and the linearisation, from `solve`.
         """
         system, lanes = _lanes(arrays, tuple(self.output_shapes(1)[4:]))
-        remembered = self.memo.lanes if len(self.memo.lanes) == len(lanes) else [None] * len(lanes)
+        memory = self.memo.lanes
+        remembered = memory if len(memory) == len(lanes) else [None] * len(lanes)
         factors = _in_threads(self._factor, [*zip(lanes, remembered, strict=True)])
         self.memo.lanes = [*zip(lanes, factors, strict=True)]
         lead = np.broadcast_shapes(system, r.shape[:-1])
+        if 0 in lead:
+            return np.zeros((*lead, r.shape[-1]))
         at = np.broadcast_to(np.arange(len(lanes)).reshape(system), lead).ravel()
         rows = np.broadcast_to(r, (*lead, r.shape[-1])).reshape(-1, r.shape[-1])
         pairs = [(factors[i], row) for i, row in zip(at, rows, strict=True)]

@@ -15,6 +15,9 @@ from ..layers.cvxpy import CvxpyProgram, Solution, name
 from ..ops import torch as ops
 from ..status import SolveError
 
+ops.run_while_compiling(CvxpyProgram.splits)
+ops.run_while_compiling(CvxpyProgram.bounds)
+
 
 @continues(CvxpyProgram)
 class CvxpyLayer(torch.nn.Module):
@@ -124,7 +127,8 @@ def _like(values: Sequence[Tensor], parameters: Sequence[Any]) -> Tensor:
             raise ValueError(f"parameter {name(parameter)} is real, got a complex tensor; pass its real part")
     if not values:
         return torch.zeros(())
-    dtype = functools.reduce(torch.promote_types, [value.dtype for value in values])
-    if not (dtype.is_floating_point or dtype.is_complex):
+    parts = [value.real if value.is_complex() else value for value in values]
+    dtype = functools.reduce(torch.promote_types, [part.dtype for part in parts])
+    if not dtype.is_floating_point:
         dtype = torch.get_default_dtype()
-    return torch.zeros((), dtype=dtype.to_real(), device=values[0].device)
+    return torch.zeros((), dtype=dtype, device=values[0].device)

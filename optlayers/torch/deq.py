@@ -12,6 +12,8 @@ from ..layers.deq import Start, equilibrium_doc, solve_equilibrium
 from ..layers.fixed_point import Adjoint, Exact, FixedPoint, FixedPointInfo
 from ..ops import torch as ops
 from ..solvers.fixed_point import Anderson, FixedPointSolver
+from .calling import in_full_precision, not_traced
+from .fixed_point import WHY_NOT_TRACED
 
 
 @continues(equilibrium_doc)
@@ -44,6 +46,8 @@ class DEQ(nn.Module):
         self.cell, self.start = cell, start
         self.settings = FixedPoint(solver, adjoint, tol, max_iter, order, on_failure)
 
+    @not_traced(WHY_NOT_TRACED)
+    @in_full_precision
     def solve(self, *x: Any, z0: Any = None) -> tuple[Any, FixedPointInfo]:
         """The equilibrium, and what became of each sample."""
         return solve_equilibrium(ops, self.settings, self.cell, self.start, z0, x)

@@ -9,9 +9,18 @@ from ..docstring import continues
 from ..layers.fixed_point import Adjoint, Exact, FixedPoint, fixed_point_doc
 from ..ops import torch as ops
 from ..solvers.fixed_point import Anderson, FixedPointSolver
+from .calling import in_full_precision, not_traced
+
+
+WHY_NOT_TRACED = (
+    "the steps of a fixed-point solver depend on the data and cannot be traced into a graph; compile the map "
+    "instead, as in DEQ(torch.compile(cell)), and the rest of the model without fullgraph=True"
+)
 
 
 @continues(fixed_point_doc)
+@not_traced(WHY_NOT_TRACED)
+@in_full_precision
 def fixed_point(
     f: Callable,
     z0: Any,

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from ..implicit import Implicit
 from ..ops import torch as ops
+from .calling import in_full_precision, refuse_export
+
+
+class _Layer(Implicit):
+    @in_full_precision
+    def __call__(self, *theta: Any) -> Tensor:
+        refuse_export(
+            "torch.export cannot trace the derivative of a residual (it loses the inputs of torch.func.vjp); "
+            "compile the model with torch.compile, or export the solver without the layer"
+        )
+        return self.apply(ops, *theta)
 
 
 def implicit(
@@ -40,4 +52,4 @@ def implicit(
         >>> round(a.grad.item(), 4)  # 1 / (3 * 2**2)
         0.0833
     """
-    return Implicit(ops, solve, residual, linear_solve, order)
+    return _Layer(solve, residual, linear_solve, order)

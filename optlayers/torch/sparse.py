@@ -15,12 +15,20 @@ from ..layers import sparse
 from ..layers.conic import ConicSolution
 from ..layers.direct import curved_part
 from ..ops import torch as ops
+from .calling import not_traced
 
 
 def is_sparse(matrix: Any) -> bool:
     return sp.issparse(matrix) or (isinstance(matrix, Tensor) and matrix.layout != torch.strided)
 
 
+_WHY_NOT_TRACED = (
+    "sparse programs are solved on the host, by calls that cannot be traced into a graph; give P and A as dense "
+    "tensors, or compile the model without fullgraph=True"
+)
+
+
+@not_traced(_WHY_NOT_TRACED)
 def solve_qp(P, q, A, l, u, warm, **options) -> ConicSolution:
     check = options["on_failure"] == "raise"
     layer = sparse.sparse_layer(P, q, A, Cones(), check=check, **options)
@@ -28,6 +36,7 @@ def solve_qp(P, q, A, l, u, warm, **options) -> ConicSolution:
     return sparse.solve_sparse_box(ops, _HOST, layer, matrices, (q, l, u), warm, q)
 
 
+@not_traced(_WHY_NOT_TRACED)
 def solve_conic(P, q, A, b, cones, warm, **options) -> ConicSolution:
     check = options["on_failure"] == "raise"
     layer = sparse.sparse_layer(P, q, A, curved_part(cones), check=check, **options)
@@ -97,7 +106,7 @@ class _Symmetric(Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        arrays = ctx.saved_tensors
+        arrays = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
         return _Symmetric.apply(gradient, ctx.function, *arrays), None, *[None] * len(arrays)
 
     @staticmethod

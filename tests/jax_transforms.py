@@ -1,0 +1,106 @@
+"""What JAX does to a layer besides the transformations that it has in common with torch."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from transforms import COMMON, Transform
+
+
+def _eager(call):
+    return jax.grad(call.loss)(call.theta)
+
+
+def _jit(call):
+    return call.frontend.compiled(jax.grad(call.loss))(call.theta)
+
+
+def _linearize(call):
+    tangent = jax.linearize(call.flat, call.theta)[1]
+    return jax.vmap(tangent, out_axes=-1)(jnp.eye(call.theta.size, dtype=call.theta.dtype))
+
+
+def _vmap_in_scan(call):
+    """Two steps of a scan, of which each maps the layer over problems of its own."""
+
+    def step(carry, theta):
+        return carry, jax.vmap(call.flat)(theta[None])[0]
+
+    return lax.scan(step, 0, call.thetas)[1]
+
+
+def _gradient_through_scan(call):
+    def total(thetas):
+        return lax.scan(lambda sum, theta: (sum + call.loss(theta), None), jnp.zeros((), call.dtype), thetas)[0]
+
+    return jax.grad(total)(call.thetas)
+
+
+def _checkpoint(call):
+    return jax.grad(jax.checkpoint(call.loss))(call.theta)
+
+
+def _debug_nans(call):
+    with jax.debug_nans(True):
+        return call.frontend.compiled(jax.grad(call.loss))(call.theta)
+
+
+def _without_x64(call):
+    with jax.enable_x64(False):
+        theta, weights = call.theta.astype("float32"), call.weights.astype("float32")
+        loss = lambda theta: (weights * call.flat(theta)).sum()
+        gradient = call.frontend.compiled(jax.grad(loss))(theta)
+    assert gradient.dtype == "float32"
+    return gradient
+
+
+def _mesh():
+    return Mesh(np.array(jax.devices()[:2]), ("batch",))
+
+
+def _specs(call):
+    return tuple(PartitionSpec() if axis is None else PartitionSpec("batch") for axis in call.case.axes)
+
+
+def _gradient_of_shards(loss, call):
+    arguments = tuple(range(len(call.values)))
+    placed = [
+        jax.device_put(v, NamedSharding(_mesh(), spec)) for v, spec in zip(call.values, _specs(call), strict=True)
+    ]
+    compiled = call.frontend.compiled(jax.grad(loss, arguments)).lower(*placed).compile()
+    assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
+    return call.flatten([jnp.asarray(np.asarray(g)) for g in compiled(*placed)])
+
+
+def _sharded(call):
+    """The batch axis over two devices: gradients of what the batch shares are summed, no data are gathered."""
+    return _gradient_of_shards(call.loss_of_values, call)
+
+
+def _shard_map(call):
+    def local(weights, *values):
+        return lax.psum((weights * call.function(*values)).sum(), "batch")
+
+    specs = (PartitionSpec("batch"), *_specs(call))
+    total = jax.shard_map(local, mesh=_mesh(), in_specs=specs, out_specs=PartitionSpec())
+    return _gradient_of_shards(partial(total, call.weights), call)
+
+
+JAX = COMMON | {
+    "grad, not compiled": Transform("gradient", _eager, traced=False),
+    "jit of grad": Transform("gradient", _jit, traced=False),
+    "linearize": Transform("jacobian", _linearize),
+    "vmap in scan": Transform("values", _vmap_in_scan),
+    "grad of scan": Transform("gradients", _gradient_through_scan),
+    "checkpoint": Transform("gradient", _checkpoint),
+    "debug_nans": Transform("gradient", _debug_nans, traced=False),
+    "x64 off": Transform("gradient", _without_x64, tolerance=1e-4, traced=False),
+    "inputs sharded over a mesh": Transform("gradient", _sharded, traced=False),
+    "shard_map": Transform("gradient", _shard_map, traced=False),
+}
