@@ -23,6 +23,7 @@ try:
 except ModuleNotFoundError:
     jax = None
 else:
+    jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")

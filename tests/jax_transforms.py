@@ -37,7 +37,9 @@ def _vmap_in_scan(call):
 
 def _gradient_through_scan(call):
     def total(thetas):
-        return lax.scan(lambda sum, theta: (sum + call.loss(theta), None), jnp.zeros((), call.dtype), thetas)[0]
+        return lax.scan(lambda sum, theta: (sum + call.loss(theta), None), jnp.zeros((), call.dtype), thetas)[
+            0
+        ]
 
     return jax.grad(total)(call.thetas)
 
@@ -71,7 +73,8 @@ def _specs(call):
 def _gradient_of_shards(loss, call):
     arguments = tuple(range(len(call.values)))
     placed = [
-        jax.device_put(v, NamedSharding(_mesh(), spec)) for v, spec in zip(call.values, _specs(call), strict=True)
+        jax.device_put(v, NamedSharding(_mesh(), spec))
+        for v, spec in zip(call.values, _specs(call), strict=True)
     ]
     compiled = call.frontend.compiled(jax.grad(loss, arguments)).lower(*placed).compile()
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
@@ -79,7 +82,7 @@ def _gradient_of_shards(loss, call):
 
 
 def _sharded(call):
-    """The batch axis over two devices: gradients of what the batch shares are summed, no data are gathered."""
+    """The batch axis over two devices: shared gradients are summed, no data are gathered."""
     return _gradient_of_shards(call.loss_of_values, call)
 
 

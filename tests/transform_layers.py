@@ -1,8 +1,8 @@
 """One small problem for every kind of layer, with its solution in closed form.
 
-Each is a function of arrays to an array (B, k): `layer` through the library, `exact` in plain operations of the
-framework, whose own derivatives are the oracle for those of the layer. To put a layer under every transform of
-`transforms.py`, add its entry to `LAYERS`.
+Each is a function of arrays to an array (B, k): `layer` through the library, `exact` in plain operations of
+the framework, whose own derivatives are the oracle for those of the layer. To put a layer under every
+transform of `transforms.py`, add its entry to `LAYERS`.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def gram(xp, R):
 
 QP_VALUES = (
     np.array([[1.0, 0.3], [0.2, 0.8]]),  # P = R'R + I
-    np.array([[-3.0, 1.0], [1.0, 5.0], [-0.2, 0.1]]),  # q: one row active, another one, none
+    np.array([[-3.0, 1.0], [1.0, 5.0], [-0.2, 0.1], [-4.0, -3.0]]),  # q: one row active, another, none, two
     np.array([[1.0, 0.2], [0.3, -1.0], [-1.0, 0.7]]),  # A
-    np.array([[0.7, 2.0, 3.0], [0.6, 1.5, 2.0], [0.8, 2.0, 3.0]]),  # b
+    np.array([[0.7, 2.0, 3.0], [0.6, 1.5, 2.0], [0.8, 2.0, 3.0], [0.5, 1.0, 0.4]]),  # b
 )
 QP_SHARED = (0, 2)
 
@@ -94,9 +94,7 @@ def exact_qp(frontend):
         for rows in active_sets:
             rows = np.array(rows, int)
             zeros = xp.zeros((len(rows), len(rows)), dtype=q.dtype)
-            K = xp.concatenate(
-                [xp.concatenate([P, A[rows].mT], 1), xp.concatenate([A[rows], zeros], 1)], 0
-            )
+            K = xp.concatenate([xp.concatenate([P, A[rows].mT], 1), xp.concatenate([A[rows], zeros], 1)], 0)
             z = xp.linalg.solve(K, xp.concatenate([-q, b[rows]], 0))
             x, y = z[:2], z[2:]
             is_solution = (A @ x <= b + 1e-9).all() & (y >= 0).all()
@@ -241,6 +239,11 @@ def exact_cube_root(frontend):
     return lambda a, s: (a * s) ** (1 / 3)
 
 
+# What torch's compiler and export cannot do; JAX does all.
+NOT_TRACED = {"compile(fullgraph=True)": "compile the map instead", "export": "compile the map instead"}
+ON_THE_HOST = dict.fromkeys(NOT_TRACED, "give P and A as dense tensors")
+NOT_EXPORTED = {"export": "cannot trace the derivative of a residual"}
+
 LAYERS = {
     "CvxpyLayer, QP": LayerCase(cvxpy_qp, exact_qp, QP_VALUES, QP_SHARED),
     "CvxpyLayer, SOCP": LayerCase(
@@ -273,10 +276,18 @@ LAYERS = {
         (1,),
     ),
     "solve_qp": LayerCase(matrix_qp, exact_qp, QP_VALUES, QP_SHARED),
-    "solve_qp, sparse": LayerCase(sparse_qp, exact_sparse_qp, QP_VALUES[1::2]),
-    "fixed_point": LayerCase(linear_fixed_point, exact_linear, CELL_VALUES, (0,)),
-    "DEQ": LayerCase(tanh_deq, unrolled_tanh, CELL_VALUES, (0,)),
+    "solve_qp, sparse": LayerCase(
+        sparse_qp, exact_sparse_qp, QP_VALUES[1::2], refuses={"torch": ON_THE_HOST}
+    ),
+    "fixed_point": LayerCase(
+        linear_fixed_point, exact_linear, CELL_VALUES, (0,), refuses={"torch": NOT_TRACED}
+    ),
+    "DEQ": LayerCase(tanh_deq, unrolled_tanh, CELL_VALUES, (0,), refuses={"torch": NOT_TRACED}),
     "implicit": LayerCase(
-        cube_root, exact_cube_root, (np.array([[8.0, 1.5], [2.0, 27.0]]), np.array([1.0, 0.7])), (1,)
+        cube_root,
+        exact_cube_root,
+        (np.array([[8.0, 1.5], [2.0, 27.0]]), np.array([1.0, 0.7])),
+        (1,),
+        refuses={"torch": NOT_EXPORTED},
     ),
 }

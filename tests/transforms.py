@@ -1,7 +1,7 @@
 """What users do to a function of arrays in torch and in JAX, each as a way to get one of a few results.
 
-A transform takes a `Call`, a layer at its values, and returns the array that its result in `RESULTS` is by one
-plain route. Taken through the closed form of the layer, that route is the oracle for all transforms.
+A transform takes a `Call`, a layer at its values, and returns an array that `RESULTS` has by one plain route.
+Taken through the closed form of the layer, that route is the oracle for all transforms.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Call:
         self.frontend, self.case, self.function, self.dtype = frontend, case, function, dtype
         pairs = list(zip(case.values, case.axes, strict=True))
         stacked = [v if axis is None else np.stack([v, v[::-1]]) for v, axis in pairs]
-        sets = [np.broadcast_to(s, (2, *v.shape)).reshape(2, -1) for s, (v, _) in zip(stacked, pairs, strict=True)]
+        sets = [
+            np.broadcast_to(s, (2, *v.shape)).reshape(2, -1) for s, (v, _) in zip(stacked, pairs, strict=True)
+        ]
         thetas = np.concatenate(sets, 1)
         self.values, self.stacked = ([frontend.array(v, dtype) for v in vs] for vs in (case.values, stacked))
         self.theta, self.thetas = frontend.array(thetas[0], dtype), frontend.array(thetas, dtype)
@@ -90,12 +92,16 @@ RESULTS = {
     "gradient": gradient,
     "jacobian": jacobian,
     "hessian": hessian,
+    "tangent": lambda call: jacobian(call) @ call.theta,
     "values": _on_each(lambda call: call.flat),
     "gradients": _on_each(lambda call: call.frontend.transforms.grad(call.loss)),
     "hessians": _on_each(
         lambda call: call.frontend.transforms.jacfwd(call.frontend.transforms.jacrev(call.loss))
     ),
-    "nothing": lambda call: call.flatten([0 * v for v, axis in zip(call.values, call.case.axes, strict=True) if axis is None] or [call.theta[:0]]),
+    "nothing": lambda call: call.flatten(
+        [0 * v for v, axis in zip(call.values, call.case.axes, strict=True) if axis is None]
+        or [call.theta[:0]]
+    ),
 }
 
 
@@ -127,11 +133,8 @@ def _composed(*names, of="flat"):
 
 
 def _jvp(call):
-    """The Jacobian, column by column."""
-    jvp = call.frontend.transforms.jvp
-    basis = call.frontend.array(np.eye(call.theta.shape[0]), call.dtype)
-    columns = [jvp(call.flat, (call.theta,), (e,))[1] for e in basis]
-    return call.frontend.xp.stack(columns, -1)
+    """The derivative in the direction of theta itself, in which all entries move."""
+    return call.frontend.transforms.jvp(call.flat, (call.theta,), (call.theta,))[1]
 
 
 def _vjp(call):
@@ -144,15 +147,18 @@ def _vmap(call):
 
 
 def _gradient_through_vmap(call):
-    """The gradient of a sum over mapped problems: that of the two sum up, as they are equal but in order."""
     vmap, grad = call.frontend.transforms.vmap, call.frontend.transforms.grad
-    return grad(lambda thetas: (call.weights * vmap(call.flat)(thetas)).sum())(call.thetas)
+    return grad(lambda thetas: (call.weights[None] * vmap(call.flat)(thetas)).sum())(call.thetas)
 
 
 def _single_precision(call):
-    single = Call(call.frontend, call.case, call.function, "float32")
-    result = gradient(single)
-    assert {call.frontend.dtype(x) for x in (value(single), result)} == {"float32"}
+    arrays = (call.frontend.numpy(x) for x in (call.theta, call.weights))
+    theta, call.weights = (call.frontend.array(x, "float32") for x in arrays)
+    compiled = call.frontend.compiled(
+        lambda theta: (call.flat(theta), call.frontend.transforms.grad(call.loss)(theta))
+    )
+    output, result = compiled(theta)
+    assert {call.frontend.dtype(x) for x in (output, result)} == {"float32"}
     return result
 
 
@@ -170,7 +176,7 @@ COMMON = {
     "call": Transform("value", value, traced=False),
     "grad": Transform("gradient", gradient),
     "vjp": Transform("gradient", _vjp),
-    "jvp": Transform("jacobian", _jvp),
+    "jvp": Transform("tangent", _jvp),
     "jacrev": Transform("jacobian", jacobian),
     "jacfwd": Transform("jacobian", _composed("jacfwd")),
     "hessian": Transform("hessian", _composed("hessian", of="loss")),
@@ -192,5 +198,25 @@ def run(transform, call):
     if frontend.name == "jax" and transform.traced:
         result = frontend.compiled(lambda arrays: transform.apply(call.with_arrays(arrays)))(call.arrays)
     else:
-        result = transform.apply(call)
+        result = transform.apply(copy.copy(call))
     return frontend.numpy(result)
+
+
+class Subject:
+    """A layer beside its closed form, and the results of the latter, each computed once."""
+
+    def __init__(self, frontend, case):
+        self.layer = Call(frontend, case, case.layer(frontend))
+        self.exact = Call(frontend, case, frontend.transforms.vmap(case.exact(frontend), case.axes))
+        self._results = {}
+
+    def expected(self, result):
+        if result not in self._results:
+            self._results[result] = run(Transform(result, RESULTS[result]), self.exact)
+        return self._results[result]
+
+    def error(self, transform):
+        """Difference from the exact result, relative to its largest entry or to 1."""
+        actual, expected = run(transform, self.layer), self.expected(transform.result)
+        assert actual.shape == expected.shape
+        return np.abs(actual - expected).max(initial=0.0) / max(1.0, np.abs(expected).max(initial=0.0))

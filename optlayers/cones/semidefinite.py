@@ -98,7 +98,8 @@ class Semidefinite:
         n, (batch, count, _, k) = self.order, u.shape
         i, j = np.indices((n, n))
         low, high = np.minimum(i, j), np.maximum(i, j)
-        scale = ops.constant(np.where(i == j, 1.0, 0.5**0.5)[None, None, :, :, None], u)
+        # Picked from an array: torch.compile would round the numbers of np.where to single precision.
+        scale = ops.constant(np.array([1.0, 0.5**0.5])[(i != j).astype(int)][None, None, :, :, None], u)
         full = ops.take(u, ops.constant((high * (high + 1) // 2 + low).ravel(), u), axis=-2)
         return ops.reshape(full, (batch, count, n, n, k)) * scale
 
@@ -106,5 +107,5 @@ class Semidefinite:
         """Half-vectors (B, c, n (n + 1) / 2, k) of matrices (B, c, n, n, k): upper triangle by columns."""
         n, (batch, count, _, _, k) = self.order, M.shape
         j, i = np.tril_indices(n)
-        scale = ops.constant(np.where(i == j, 1.0, 2**0.5)[None, None, :, None], M)
+        scale = ops.constant(np.array([1.0, 2**0.5])[(i != j).astype(int)][None, None, :, None], M)
         return ops.take(ops.reshape(M, (batch, count, n * n, k)), ops.constant(i * n + j, M), axis=-2) * scale

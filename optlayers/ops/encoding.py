@@ -35,7 +35,11 @@ def decode(text: str) -> Any:
 def _plain(x: Any) -> Any:
     if is_dataclass(x) and not isinstance(x, type):
         kind = type(x)
-        return {f"{kind.__module__}:{kind.__qualname__}": {f.name: _plain(getattr(x, f.name)) for f in fields(x) if f.init}}
+        return {
+            f"{kind.__module__}:{kind.__qualname__}": {
+                f.name: _plain(getattr(x, f.name)) for f in fields(x) if f.init
+            }
+        }
     if isinstance(x, tuple):
         return [_plain(item) for item in x]
     if isinstance(x, Mapping):

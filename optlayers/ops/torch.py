@@ -252,7 +252,7 @@ def jacobian(function, x):
 
 
 def _kept_as_they_are():
-    """Tensors of an inner graph are none of the business of hooks for saved tensors, such as a checkpoint's."""
+    """Within it, hooks for saved tensors such as a checkpoint's do not see those of an inner graph."""
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
@@ -409,7 +409,9 @@ def _inverted(r, solve, transposed, *frozen):
 
 
 def increment(solve, r, *frozen):
-    if torch.compiler.is_compiling():  # a function with rules of its own cannot be traced; linear operations can
+    if (
+        torch.compiler.is_compiling()
+    ):  # a function with rules of its own cannot be traced; linear operations can
         return solve(r - r.detach(), False, *(x.detach() for x in frozen))
     return _Increment.apply(r, solve, False, *(x.detach() for x in frozen))
 

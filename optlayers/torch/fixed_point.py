@@ -11,7 +11,6 @@ from ..ops import torch as ops
 from ..solvers.fixed_point import Anderson, FixedPointSolver
 from .calling import in_full_precision, not_traced
 
-
 WHY_NOT_TRACED = (
     "the steps of a fixed-point solver depend on the data and cannot be traced into a graph; compile the map "
     "instead, as in DEQ(torch.compile(cell)), and the rest of the model without fullgraph=True"

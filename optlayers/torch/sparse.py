@@ -23,8 +23,8 @@ def is_sparse(matrix: Any) -> bool:
 
 
 _WHY_NOT_TRACED = (
-    "sparse programs are solved on the host, by calls that cannot be traced into a graph; give P and A as dense "
-    "tensors, or compile the model without fullgraph=True"
+    "sparse programs are solved on the host, by calls that cannot be traced into a graph; give P and A as "
+    "dense tensors, or compile the model without fullgraph=True"
 )
 
 
