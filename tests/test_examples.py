@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = [("polytope", "torch"), ("polytope", "jax")]
 
 
-def run(script, *options):
+def run(script, *options, launcher=()):
     """What a script prints on this checkout."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), *options]
+    command = [sys.executable, *launcher, str(ROOT / "examples" / f"{script}.py"), *options]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr, result.stderr
@@ -36,10 +36,13 @@ def check_polytope(output):
 
 
 CHECKS = {"polytope": check_polytope}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+LAUNCHERS = {"torch": TORCHRUN, "jax": ()}
 
 
 def test_every_example_is_run():
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {script for script, _ in EXAMPLES}
+    tested = {script for script, _ in EXAMPLES} | {f"data_parallel_{name}" for name in LAUNCHERS}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == tested
 
 
 @pytest.mark.slow
@@ -51,3 +54,19 @@ def test_example(script, framework, tmp_path):
     output = run(script, "--quick", "--framework", framework, "--output", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
     CHECKS[script](output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", LAUNCHERS)
+def test_losses_do_not_depend_on_the_number_of_devices(framework, tmp_path):
+    for package in (framework, "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    picture = tmp_path / "picture.png"
+    options = ("--quick", "--output", str(picture))
+    output = run(f"data_parallel_{framework}", *options, launcher=LAUNCHERS[framework])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    one, several = rows(output).values()
+    first, last, difference = map(float, several[-4:-1])
+    assert difference <= 1e-12
+    assert last < first / 2
+    assert len(one) == len(several)

@@ -116,8 +116,12 @@ class CvxpyLayer:
     def __getstate__(self):
         return {"_program": self._program}
 
+    def summary(self) -> str:
+        """Parameters, sizes, cones, outputs, solvers and set-up time, one a line."""
+        return self._program.summary()
+
     def __repr__(self) -> str:
-        return f"CvxpyLayer({self._program.summary()})"
+        return f"CvxpyLayer({self._program.headline()})"
 
 
 def _like(values: Sequence[Array], parameters: Sequence[Any]) -> Array:

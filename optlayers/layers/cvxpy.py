@@ -6,7 +6,9 @@ The docstring of `CvxpyProgram` is that of the layers; each frontend adds its ex
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -208,11 +210,13 @@ class CvxpyProgram:
     def __init__(
         self, problem, parameters, variables, gp, canon_backend, solver_args, choices: Mapping[str, Any]
     ):
+        start = time.perf_counter()
         self.parameters, self.variables = tuple(parameters), tuple(variables)
         self.program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
         self.solver_args = dict(solver_args or {})
         self._choices = dict(choices)
         self._layer = self._configured({})
+        self._seconds = time.perf_counter() - start
 
     def layer(self, solver_args: Mapping[str, Any] | None) -> ConicLayer:
         """The settings of one call, in which `solver_args` go before those of the constructor."""
@@ -248,10 +252,29 @@ class CvxpyProgram:
         variables = tuple(restore_array(ops, x, lead, like) for x in variables)
         return Solution(variables, *restore_batch(ops, solution, lead, like))
 
-    def summary(self) -> str:
+    def headline(self) -> str:
         """Sizes of the problem in one line."""
-        program = self.program
-        kinds = {k: v for k, v in vars(program.cones).items() if v}
-        cones = ", ".join(f"{k}={v if isinstance(v, int) else len(v)}" for k, v in kinds.items()) or "none"
-        parameters = ", ".join(name(p) for p in self.parameters)
-        return f"parameters: {parameters}; n={program.n} variables, m={program.m} rows; cones: {cones}"
+        return "; ".join(f"{key}: {value}" for key, value in self._facts()[:3])
+
+    def summary(self) -> str:
+        """Parameters, sizes, cones, outputs, solvers and set-up time, one a line."""
+        return "\n".join(f"{key + ':':<12}{value}" for key, value in self._facts())
+
+    def _facts(self) -> list[tuple[str, str]]:
+        program, layer = self.program, self._layer
+        counts = {
+            field.name: getattr(program.cones, field.name) for field in fields(program.cones) if field.init
+        }
+        cones = [f"{k}={v if isinstance(v, int) else len(v)}" for k, v in counts.items() if v]
+        entries = f"{len(program.P.positions)} entries of P, {len(program.A.positions)} of A"
+        solvers = ", then ".join(type(solver).__name__ for solver in layer.solve.solvers)
+        return [
+            ("parameters", ", ".join(map(name, self.parameters))),
+            ("size", f"n={program.n} variables, m={program.m} rows"),
+            ("cones", ", ".join(cones) or "none"),
+            ("nonzeros", entries),
+            ("outputs", ", ".join(str(output.shape) for output in program.outputs)),
+            ("solver", f"{solvers}, to a residual of {layer.solve.eps:g}"),
+            ("derivatives", f"up to order {layer.order}"),
+            ("set up in", f"{self._seconds:.2g} s"),
+        ]

@@ -106,8 +106,12 @@ class CvxpyLayer(torch.nn.Module):
                     error.add_note(f"parameter {name(parameter)} contains NaN or infinity")
             raise
 
-    def extra_repr(self) -> str:
+    def summary(self) -> str:
+        """Parameters, sizes, cones, outputs, solvers and set-up time, one a line."""
         return self._program.summary()
+
+    def extra_repr(self) -> str:
+        return self._program.headline()
 
 
 def _like(values: Sequence[Tensor], parameters: Sequence[Any]) -> Tensor:
