@@ -35,7 +35,7 @@ def not_traced(reason: str) -> Callable[[F], F]:
         call._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
         return call
 
-    return decorate
+    return decorate  # type: ignore[return-value]
 
 
 def refuse_export(reason: str) -> None:
