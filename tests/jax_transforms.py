@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transforms import COMMON, Transform
 
@@ -62,18 +62,18 @@ def _without_x64(call):
     return gradient
 
 
-def _mesh():
-    return Mesh(np.array(jax.devices()[:2]), ("batch",))
+def mesh_of_two(kind=AxisType.Auto):
+    return Mesh(np.array(jax.devices()[:2]), ("batch",), axis_types=(kind,))
 
 
 def _specs(call):
     return tuple(PartitionSpec() if axis is None else PartitionSpec("batch") for axis in call.case.axes)
 
 
-def _gradient_of_shards(loss, call):
+def gradient_of_shards(loss, call, mesh):
     arguments = tuple(range(len(call.values)))
     placed = [
-        jax.device_put(v, NamedSharding(_mesh(), spec))
+        jax.device_put(v, NamedSharding(mesh, spec))
         for v, spec in zip(call.values, _specs(call), strict=True)
     ]
     compiled = call.frontend.compiled(jax.grad(loss, arguments)).lower(*placed).compile()
@@ -83,7 +83,7 @@ def _gradient_of_shards(loss, call):
 
 def _sharded(call):
     """The batch axis over two devices: shared gradients are summed, no data are gathered."""
-    return _gradient_of_shards(call.loss_of_values, call)
+    return gradient_of_shards(call.loss_of_values, call, mesh_of_two())
 
 
 def _shard_map(call):
@@ -91,8 +91,8 @@ def _shard_map(call):
         return lax.psum((weights * call.function(*values)).sum(), "batch")
 
     specs = (PartitionSpec("batch"), *_specs(call))
-    total = jax.shard_map(local, mesh=_mesh(), in_specs=specs, out_specs=PartitionSpec())
-    return _gradient_of_shards(partial(total, call.weights), call)
+    total = jax.shard_map(local, mesh=mesh_of_two(), in_specs=specs, out_specs=PartitionSpec())
+    return gradient_of_shards(partial(total, call.weights), call, mesh_of_two())
 
 
 JAX = COMMON | {

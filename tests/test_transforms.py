@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 
+from checks import assert_close
 from frontends import FRONTENDS
 from transform_layers import LAYERS
 from transforms import Subject
@@ -60,3 +61,28 @@ def test_layer_under_transform(framework, layer, name, subject_of):
     else:
         error = subject.error(transform)
         assert error <= (transform.tolerance or LAYERS[layer].tolerance), f"off by {error:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["solve_qp", "CvxpyLayer, QP"])
+def test_mesh_with_explicit_axes(layer, subject_of):
+    """As JAX makes meshes by default. A user's map or residual has to tell its shardings itself there."""
+    pytest.importorskip("jax")
+    from jax.sharding import AxisType
+
+    from jax_transforms import gradient_of_shards, mesh_of_two
+
+    subject = subject_of("jax", layer)
+    mesh = mesh_of_two(AxisType.Explicit)
+
+    def loss(*values):
+        x = subject.layer.function(*values)
+        assert str(subject.layer.frontend.framework.typeof(x).sharding.spec) == "P('batch', None)"
+        return (x**2).sum()
+
+    actual = gradient_of_shards(loss, subject.layer, mesh)
+    exact = subject.exact
+    gradients = exact.frontend.framework.grad(
+        lambda *v: (exact.function(*v) ** 2).sum(), tuple(range(len(exact.values)))
+    )(*exact.values)
+    assert_close(actual, exact.flatten(gradients), 1e-8)
