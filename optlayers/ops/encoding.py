@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy as np
+
 
 def encode(x: Any) -> str:
     """Text from which `decode` makes an equal object.
@@ -44,6 +46,8 @@ def _plain(x: Any) -> Any:
         return [_plain(item) for item in x]
     if isinstance(x, Mapping):
         return {"": {key: _plain(value) for key, value in x.items()}}
+    if isinstance(x, np.generic):
+        return x.item()
     if x is None or isinstance(x, (bool, int, float, str)):
         return x
     raise TypeError(f"a leaf is made of numbers, strings, tuples, mappings and dataclasses, not of {x!r}")
