@@ -52,7 +52,7 @@ def test_summary_tells_what_the_layer_is(layer, family):
     assert all(p.name() in lines["parameters"] for p in family.parameters)
     assert "n=4" in lines["size"] and "m=6" in lines["size"]
     assert "nonneg=6" in lines["cones"]
-    assert "ADMM" in lines["solver"]
+    assert "InteriorPoint" in lines["solver"]
     assert float(lines["set up in"].split()[0]) > 0
 
 

@@ -1,0 +1,58 @@
+"""What torch does around the call of a layer that it cannot trace, or whose precision it would lower."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+# Compiling a function of tensors that are no leaves, torch warns itself of looking at their gradients.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+from optlayers.torch import DEQ, fixed_point, implicit  # noqa: E402
+
+
+@pytest.fixture
+def cell():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(3, 3)
+    return lambda z, x: torch.tanh(0.3 * linear(z) + x)
+
+
+@pytest.fixture
+def x():
+    return torch.linspace(-1, 1, 6).reshape(2, 3).requires_grad_()
+
+
+def gradient(function, x):
+    return torch.autograd.grad(function(x).square().sum(), x)[0]
+
+
+def test_graph_breaks_at_an_equilibrium(cell, x):
+    deq = DEQ(cell)
+    model = lambda x: deq(torch.sin(x))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(gradient(compiled, x), gradient(model, x), rtol=0, atol=0)
+
+
+def test_compiled_cell(cell, x):
+    torch.compiler.reset()
+    compiled = DEQ(torch.compile(cell, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(gradient(compiled, x), gradient(DEQ(cell), x))
+
+
+@pytest.mark.parametrize("kind", ["DEQ", "fixed_point", "implicit"])
+def test_autocast_is_off_inside(kind, cell, x):
+    """Half precision becomes float32, and what follows has the accuracy of float32."""
+    layers = {
+        "DEQ": DEQ(cell),
+        "fixed_point": lambda h: fixed_point(cell, 0 * h, h),
+        "implicit": implicit(lambda h: torch.sign(h) * h.abs() ** (1 / 3), lambda z, h: z**3 - h),
+    }
+    h = (x.detach() + 2).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = layers[kind](h)
+        assert z.dtype == torch.float32
+        (h_bar,) = torch.autograd.grad(z.square().sum(), h)
+    expected = layers[kind](h.float())
+    torch.testing.assert_close(z, expected, rtol=0, atol=0)
+    torch.testing.assert_close(h_bar, torch.autograd.grad(expected.square().sum(), h)[0], rtol=0, atol=0)
