@@ -183,6 +183,11 @@ def main():
     source = options.mat.name if options.mat else "tests/qp_families.py"
     header = ["solved to", *(f"{level:.0e}" for level in LEVELS), "ms a solve, batch of one"]
     lines = [
+        "# Hard quadratic programs",
+        "",
+        "Written by `benchmarks/hard_qps.py`. A problem counts if the unscaled primal residual, dual residual and",
+        "duality gap of the returned x and y, each relative, are below the level.",
+        "",
         f"{len(named)} problems of {source}, {datetime.date.today()}, {', '.join(versions)}, one thread.",
         "",
         *("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)),
