@@ -49,7 +49,8 @@ def reason(message):
     return (quoted[1] if quoted else message.splitlines()[0]).strip()
 
 
-def table(framework, names):
+def tables(framework, names):
+    """The lines of the table, after each layer."""
     frontend = FRONTENDS[framework]()
     transforms = getattr(importlib.import_module(f"{framework}_transforms"), framework.upper())
     columns, messages = [], {}
@@ -64,11 +65,10 @@ def table(framework, names):
             if message:
                 messages.setdefault(message, []).append(f"{name} under {key}")
         columns.append(entries)
-    rows = [["transform", *names], ["---"] * (len(names) + 1)]
-    rows += [[key, *entries] for key, *entries in zip(transforms, *columns, strict=True)]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", *(f"- {', '.join(where)}: {message}" for message, where in messages.items())]
-    return lines
+        rows = [["transform", *names[: len(columns)]], ["---"] * (len(columns) + 1)]
+        rows += [[key, *entries] for key, *entries in zip(transforms, *columns, strict=True)]
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        yield lines + ["", *(f"- {', '.join(where)}: {message}" for message, where in messages.items())]
 
 
 def section(framework, lines):
@@ -92,11 +92,12 @@ def main():
         jax.config.update("jax_num_cpu_devices", 4)
         jax.config.update("jax_enable_x64", True)
     names = [name for name in LAYERS if options.layers in name]
-    new = section(options.framework, table(options.framework, names))
     old = options.output.read_text(encoding="utf-8") if options.output.exists() else ""
     sections = re.split(r"(?=^## )", old, flags=re.MULTILINE)[1:]
     kept = [text.strip() for text in sections if not text.startswith(f"## {options.framework}\n")]
-    options.output.write_text("\n\n".join([TITLE.strip(), *sorted([*kept, new])]) + "\n", encoding="utf-8")
+    for lines in tables(options.framework, names):
+        sections = sorted([*kept, section(options.framework, lines)])
+        options.output.write_text("\n\n".join([TITLE.strip(), *sections]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
