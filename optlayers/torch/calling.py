@@ -22,6 +22,8 @@ def not_traced(reason: str) -> Callable[[F], F]:
     """
 
     def decorate(function):
+        untraced = functools.cache(lambda: torch.compiler.disable(function))
+
         @functools.wraps(function)
         def call(*args, **kwargs):
             if torch.compiler.is_compiling():
@@ -29,7 +31,7 @@ def not_traced(reason: str) -> Callable[[F], F]:
             if "torch._dynamo" not in sys.modules:
                 return function(*args, **kwargs)
             # Else torch.compile, having left this function alone, would go on with those that it calls.
-            return torch.compiler.disable(function)(*args, **kwargs)
+            return untraced()(*args, **kwargs)
 
         call._torchdynamo_disable = True  # type: ignore[attr-defined]
         call._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
