@@ -409,9 +409,8 @@ def _inverted(r, solve, transposed, *frozen):
 
 
 def increment(solve, r, *frozen):
-    if (
-        torch.compiler.is_compiling()
-    ):  # a function with rules of its own cannot be traced; linear operations can
+    if torch.compiler.is_compiling():
+        # A function with rules of its own cannot be traced; linear operations can.
         return solve(r - r.detach(), False, *(x.detach() for x in frozen))
     return _Increment.apply(r, solve, False, *(x.detach() for x in frozen))
 
