@@ -8,6 +8,7 @@ from ..layers.cvxpy import Solution
 from ..layers.fixed_point import Exact, FixedPointInfo, Neumann, OneStep, Phantom, Shine
 from ..layers.ode import ODEInfo
 from ..layers.ode_adjoint import Discrete
+from ..layers.ode_continuous import Continuous
 from ..solvers.admm import ADMM
 from ..solvers.fixed_point import Anderson, Broyden, NewtonKrylov, Picard
 from ..solvers.host import OSQP, SCS, Clarabel
@@ -29,6 +30,7 @@ __all__ = [
     "Clarabel",
     "Cones",
     "ConicSolution",
+    "Continuous",
     "ControlPath",
     "CvxpyLayer",
     "DEQ",

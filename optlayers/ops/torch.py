@@ -507,6 +507,11 @@ def vjp(function, x, live):
     return outputs, pull
 
 
+def _separated(tensors):
+    """What was computed is cut off from its history: it may depend on another one, and be counted twice."""
+    return [x if x.is_leaf else x.detach().requires_grad_() for x in tensors]
+
+
 class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, sweep, *inputs):
@@ -517,9 +522,7 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *cotangents):
-        # What was computed is cut off from its history: it may depend on another input, whose share would be
-        # counted twice.
-        inputs = [x if x.is_leaf else x.detach().requires_grad_() for x in ctx.saved_tensors]
+        inputs = _separated(ctx.saved_tensors)
         return None, None, *ctx.sweep(inputs, cotangents)
 
 
@@ -696,7 +699,7 @@ class _Surrogate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         arrays = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
-        values, inputs = arrays[: ctx.count], arrays[ctx.count :]
+        values, inputs = arrays[: ctx.count], _separated(arrays[ctx.count :])
         with torch.no_grad():
             results = ctx.backward_rule(values, inputs, cotangents)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -308,7 +308,7 @@ class _Loop:
         totals = state.totals
         if self.quadrature is not None:
             added = self.quadrature(t, ops.where(advances, h, 0.0), y, K)
-            totals = tuple(a + b for a, b in zip(totals, added, strict=True))
+            totals = tuple([a + b for a, b in zip(totals, added, strict=True)])
 
         happened = advances & (t_new >= target)
         done = advances & (t_new >= end) & (_following(ops, grid.jumps, jump) > end) | happened
@@ -353,7 +353,8 @@ class _Loop:
         """Every sample writes; what was not accepted is written over, or lies behind the log's end."""
         ops, log, every = self.ops, state.log, self.method.every
         columns = ops.stack([ops.cast(x, state.y) for x in entry], 1)[:, None]
-        states, entries = ops.grown(log.states, state.k), ops.grown(log.entries, state.k)
+        states = ops.grown(log.states, state.k // every)
+        entries = ops.grown(log.entries, state.k)
         place = log.length[:, None]
         if every > 1:
             place = ops.where(place % every == 0, place // every, states.shape[1] - 1)
