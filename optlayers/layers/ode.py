@@ -129,7 +129,7 @@ def _jumps(ops: MatrixFreeOps, axes: Axes, jumps: Jumps | None, sign: Array):
     times = axes.times(times)
     valid = ops.isfinite(times)
     if mask:
-        valid = valid & axes.rows(mask[0])
+        valid = valid & (axes.rows(mask[0]) != 0)
     times = ops.where(valid, times * sign[:, None], ops.inf)
     order = ops.argsort(ops.stop_gradient(times))
 

@@ -60,7 +60,7 @@ class Continuous:
 
         def quadrature(t, h, state, K):
             add = lambda: self._gather(solved, theta, t, h, state, K)
-            return ops.cond(ops.any(h > 0), add, lambda: [ops.full(x.shape, 0.0, x) for x in theta])
+            return ops.cond(ops.any_mapped(h > 0), add, lambda: [ops.full(x.shape, 0.0, x) for x in theta])
 
         interval = ops.stack([start, -grid.outputs[:, 0]], 1)
         backward = Grid(interval, ops.to_int(0 * start) + 2, ops.take_rows(moments, order))

@@ -369,7 +369,7 @@ class _Loop:
             values = interpolate(ops, method.tableau, entry.t, entry.h, y, K, times)
             return ops.put_rows(results, method.output_rows(ops, self.grid, entry), values)
 
-        return ops.cond(ops.any(entry.hits > 0), emit, lambda results: results, results)
+        return ops.cond(ops.any_mapped(entry.hits > 0), emit, lambda results: results, results)
 
     def _leap(self, entry, t_new, y_new, f_new, results):
         ops, grid = self.ops, self.grid
@@ -383,7 +383,7 @@ class _Loop:
             return after, select(ops, leaps, self.field(t_new, after), f_new), results
 
         stay = lambda *operands: operands
-        return ops.cond(ops.any(entry.jump >= 0), leap, stay, y_new, f_new, results)
+        return ops.cond(ops.any_mapped(entry.jump >= 0), leap, stay, y_new, f_new, results)
 
     def _event(self, state, accepted, target, t, h, y, K, t_new, y_new):
         """A step over the event is refused, and the next one ends at it, as the interpolant has it."""
@@ -401,7 +401,7 @@ class _Loop:
 
             return t + _illinois(ops, value, state.g, g_new) * h
 
-        found = ops.cond(ops.any(crosses), locate, lambda: t)
+        found = ops.cond(ops.any_mapped(crosses), locate, lambda: t)
         target = ops.where(crosses, found, target)
         return g_new, target, accepted & ~crosses, ops.where(crosses, h, 0.0)
 
