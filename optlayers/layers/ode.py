@@ -129,7 +129,7 @@ def _jumps(ops: MatrixFreeOps, axes: Axes, jumps: Jumps | None, sign: Array):
     times = axes.times(times)
     valid = ops.isfinite(times)
     if mask:
-        valid = valid & (axes.rows(mask[0]) != 0)
+        valid = valid & axes.rows(mask[0])
     times = ops.where(valid, times * sign[:, None], ops.inf)
     order = ops.argsort(ops.stop_gradient(times))
 
@@ -170,15 +170,16 @@ def _info(axes: Axes, solved: Solved, results, end, order, sign, derivatives: in
         before, after = (
             axes.state(ops.take_rows(results[:, i : i + number], place)) for i in (count, count + number)
         )
-    if solved.system.event is not None:
-        time, state = _event(solved, end, derivatives)
+    event = solved.system.event
+    if event is not None:
+        time, state = _event(solved, event, end, derivatives)
         event_time, event_state = axes.lane(time * sign), axes.state(state)
     counts = map(axes.lane, outcome[:4])
     time = axes.lane(outcome.time * sign)
     return ODEInfo(*counts, time, before, after, event_time, event_state)
 
 
-def _event(solved: Solved, end: Array, order: int) -> tuple[Array, Array]:
+def _event(solved: Solved, event: Callable, end: Array, order: int) -> tuple[Array, Array]:
     """When the event happened, and the state then; NaN where it did not.
 
     From the time that the solver has found, chord steps along the flow go to g(t + d, y(t + d)) = 0: the
@@ -187,7 +188,7 @@ def _event(solved: Solved, end: Array, order: int) -> tuple[Array, Array]:
     ops, system, outcome = solved.ops, solved.system, solved.outcome
     theta, t, happened = solved.inputs[3:], outcome.time, outcome.happened
     field = lambda t, y: system.field(t, y, theta)
-    g = lambda d: system.event(t + d, flow(field, t, end, d), theta)
+    g = lambda d: event(t + d, flow(field, t, end, d), theta)
     d = 0 * t
     rate = ops.tangent_map(g, d)(d + 1)
     for _ in range(order + 2):

@@ -34,13 +34,12 @@ class Solved(NamedTuple):
 
 
 class Adjoint(Protocol):
-    """How derivatives are attached.
+    """How derivatives are attached."""
 
-    Attributes:
-        checkpoint_every: of how many steps one state is logged.
-    """
-
-    checkpoint_every: int
+    @property
+    def checkpoint_every(self) -> int:
+        """Of how many steps one state is logged."""
+        ...
 
     def __call__(self, solved: Solved, order: int) -> tuple[Array, Array]: ...
 
