@@ -699,9 +699,9 @@ class _Surrogate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         arrays = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
-        values, inputs = arrays[: ctx.count], _separated(arrays[ctx.count :])
+        values, inputs = arrays[: ctx.count], arrays[ctx.count :]
         with torch.no_grad():
-            results = ctx.backward_rule(values, inputs, cotangents)
+            results = ctx.backward_rule(values, _separated(inputs), cotangents)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Zeros whose derivatives raise: without them that of the result would be missing in silence.
             message = "this gradient has no derivative of its own; use gradient='exact' or 'smoothed'"
