@@ -37,7 +37,7 @@ class FixedPointInfo(NamedTuple):
     Attributes:
         status: code of `Status`: `list(Status)[code]` (B,).
         iterations: steps taken (B,).
-        residual: |f(z) - z| / |f(z)| at the result (B,).
+        residual: |f(z) - z| / max(|f(z)|, tol) at the result (B,).
         history: that residual after each step (B, max_iter); a finished sample repeats its last one.
     """
 
@@ -183,8 +183,9 @@ class Shine:
     def __call__(self, ops, call, solution):
         if not isinstance(call.layer.solver, Broyden):
             raise ValueError(f"adjoint=Shine() needs solver=Broyden(...), got {call.layer.solver!r}")
-        U, V = (ops.stop_gradient(rows) for rows in (solution.state.U, solution.state.V))
-        solve = lambda r: -inverse_product(ops, U, V, r)
+        state = solution.state
+        U, V = (ops.stop_gradient(rows) for rows in (state.U, state.V))
+        solve = lambda r: -inverse_product(ops, U, V, state.used[:, None], r)
         return attach(ops, _residual(ops, call, solution), solve, solution.z, 1)
 
 
@@ -305,7 +306,7 @@ def fixed_point_doc():
         args: whatever f takes besides z.
         solver: Picard, Anderson, Broyden or NewtonKrylov.
         adjoint: Exact, or one of the approximations Neumann, OneStep, Phantom and Shine.
-        tol: relative residual |f(z) - z| / |f(z)|; None is 1e-10 in double precision and 1e-6 in single.
+        tol: relative residual |f(z) - z| / max(|f(z)|, tol); None is 1e-10 in double precision and 1e-6 in single.
         max_iter: steps of the solver.
         order: how many derivatives are right; more raise NotImplementedError. Each costs one more linear
             solve.

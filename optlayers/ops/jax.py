@@ -51,6 +51,10 @@ def sum(x, axis, keepdims=False):
     return jnp.sum(x, axis=axis, keepdims=keepdims)
 
 
+def norm(x):
+    return jnp.sqrt(jnp.sum(x * x, axis=-1))
+
+
 def amax(x, axis, keepdims=False):
     if x.shape[axis] == 0:
         return jnp.sum(x, axis=axis, keepdims=keepdims)
@@ -172,6 +176,14 @@ def jacobian(function, x):
 def tree_flatten(tree):
     leaves, structure = jax.tree.flatten(tree)
     return leaves, lambda new: jax.tree.unflatten(structure, list(new))
+
+
+def put_row(rows, index, row):
+    return lax.dynamic_update_index_in_dim(rows, row, index, 1)
+
+
+def leading(rows, count):
+    return rows
 
 
 any_mapped = jnp.any

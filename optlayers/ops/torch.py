@@ -74,6 +74,10 @@ def sum(x, axis, keepdims=False):
     return torch.sum(x, dim=axis, keepdim=keepdims)
 
 
+def norm(x):
+    return torch.linalg.vector_norm(x, dim=-1)
+
+
 def amax(x, axis, keepdims=False):
     if x.shape[axis] == 0:
         return torch.sum(x, dim=axis, keepdim=keepdims)
@@ -259,6 +263,17 @@ def _kept_as_they_are():
 def tree_flatten(tree):
     leaves, structure = torch.utils._pytree.tree_flatten(tree)
     return leaves, lambda new: torch.utils._pytree.tree_unflatten(list(new), structure)
+
+
+def put_row(rows, index, row):
+    if _is_transformed():  # vmap maps the row and perhaps not the rows, which then cannot hold it
+        return torch.select_scatter(rows, row, 1, index)
+    rows[:, index] = row
+    return rows
+
+
+def leading(rows, count):
+    return rows[:, :count]
 
 
 def any_mapped(mask):

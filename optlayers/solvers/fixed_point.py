@@ -2,10 +2,10 @@
 
 A solver is an immutable record with
 
-    init(ops, z) -> state
-    step(ops, problem, k, z, fz, state, running) -> (z, state)      iteration k, from z and fz = f(z)
+    init(ops, z, g) -> state                                        from the first z and g = f(z) - z
+    step(ops, problem, k, z, g, state, running) -> (z, state)       iteration k, from z and g
 
-and `run` owns the only loop. Writing g(z) = f(z) - z, a step is z - H g(z) with some H for (f'(z) - I)^-1:
+and `run` owns the only loop. A step is z - H g with some H for (f'(z) - I)^-1:
 
     Picard         H = -I
     Anderson       H from least squares over the last steps        Walker and Ni (2011)
@@ -23,6 +23,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ..linalg.basis import combine, empty_rows, products
+from ..linalg.gmres import gmres
 from ..ops import Array, MatrixFreeOps, select
 from ..status import Status
 
@@ -39,14 +41,14 @@ class Problem(NamedTuple):
 class FixedPointSolver(Protocol):
     """What `run` needs of a solver; see the module's docstring."""
 
-    def init(self, ops: MatrixFreeOps, z: Array) -> Any: ...
+    def init(self, ops: MatrixFreeOps, z: Array, g: Array) -> Any: ...
     def step(
         self,
         ops: MatrixFreeOps,
         problem: Problem,
         k: Any,
         z: Array,
-        fz: Array,
+        g: Array,
         state: Any,
         running: Array,
     ) -> tuple[Array, Any]: ...
@@ -59,7 +61,7 @@ class Solution(NamedTuple):
         z: the iterate with the least residual (B, k).
         status: codes of `Status` (B,).
         iterations: steps taken (B,).
-        residual: |f(z) - z| / |f(z)| (B,), infinite where no finite one was met.
+        residual: |f(z) - z| / max(|f(z)|, tol) (B,), infinite where no finite one was met.
         history: residual after each step (B, max_iter); a finished sample repeats its last one.
         state: of the solver.
     """
@@ -77,13 +79,14 @@ def run(
 ) -> Solution:
     """Iterate from `z` until each residual is at most `tol`, or is not finite, or `max_iter` is spent.
 
-    A finished sample is frozen: it keeps its value however long the others take.
+    A finished sample keeps its value however long the others take.
     """
     accept = max(tol, 8 * ops.eps(z))
     index = ops.constant(np.arange(max_iter)[None], z)
 
-    def judge(running, z, fz, best, status):
-        residual = _relative(ops, fz, z)
+    def judge(running, z, g, fz, best, status):
+        # The maximum is for solutions z = 0, near which no step makes a relative residual small.
+        residual = ops.norm(g) / ops.maximum(ops.norm(fz), accept)
         finite = ops.isfinite(residual)
         residual = ops.where(finite, residual, ops.inf)
         nearest = select(ops, running & (residual < best[1]), (z, residual), best)
@@ -92,14 +95,14 @@ def run(
         return residual, nearest, ops.where(running, outcome, status)
 
     def body(carry):
-        k, z, fz, best, status, iterations, history, state = carry
+        k, z, g, best, status, iterations, history, state = carry
         running = status == RUNNING
-        new, state = solver.step(ops, problem, k, z, fz, state, running)
-        z = select(ops, running, new, z)
+        z, state = solver.step(ops, problem, k, z, g, state, running)
         fz = problem.value(z)
-        residual, best, status = judge(running, z, fz, best, status)
+        g = fz - z
+        residual, best, status = judge(running, z, g, fz, best, status)
         history = ops.where((index >= k) & running[:, None], residual[:, None], history)
-        return k + 1, z, fz, best, status, iterations + ops.to_int(running), history, state
+        return k + 1, z, g, best, status, iterations + ops.to_int(running), history, state
 
     def unfinished(carry):
         return (carry[0] < max_iter) & ops.any_mapped(carry[4] == RUNNING)
@@ -107,39 +110,14 @@ def run(
     # Made of z and not of a constant: under a vectorising map the loop's state is mapped from the start.
     zero = ops.sum(0 * ops.where(ops.isfinite(z), z, 0.0), 1)
     fz, nothing = problem.value(z), (z, zero + ops.inf)
+    g = fz - z
     status = ops.to_int(zero) + RUNNING
-    residual, best, status = judge(status == RUNNING, z, fz, nothing, status)
+    residual, best, status = judge(status == RUNNING, z, g, fz, nothing, status)
     history = ops.broadcast_to(residual[:, None], (z.shape[0], max_iter)) + 0 * zero[:, None]
-    carry = (0, z, fz, best, status, ops.to_int(zero), history, solver.init(ops, z))
+    carry = (0, z, g, best, status, ops.to_int(zero), history, solver.init(ops, z, g))
     _, _, _, best, status, iterations, history, state = ops.while_loop(unfinished, body, carry)
     status = ops.where(status == RUNNING, Status.ITERATION_LIMIT.code, status)
     return Solution(best[0], status, iterations, best[1], history, state)
-
-
-def _norm(ops: MatrixFreeOps, x: Array) -> Array:
-    return ops.sqrt(ops.sum(x * x, -1))
-
-
-def _relative(ops: MatrixFreeOps, fz: Array, z: Array) -> Array:
-    return _norm(ops, fz - z) / (_norm(ops, fz) + 1e-30)
-
-
-def _put(ops: MatrixFreeOps, rows: Array, row: Array, where: Array) -> Array:
-    """`rows` (B, m, k) with `row` (B, k) in the places `where` (B, m)."""
-    return ops.where(where[..., None], row[:, None], rows)
-
-
-def _slot(ops: MatrixFreeOps, memory: int, k: Any, running: Array, like: Array) -> Array:
-    """The place (B, memory) of step k - 1 in a ring: none for k = 0 nor for finished samples."""
-    return (ops.constant(np.arange(memory)[None], like) == (k - 1) % memory) & running[:, None] & (k > 0)
-
-
-def _combine(ops: MatrixFreeOps, weights: Array, rows: Array) -> Array:
-    return (weights[:, None] @ rows)[:, 0]
-
-
-def _products(ops: MatrixFreeOps, rows: Array, x: Array) -> Array:
-    return (rows @ x[..., None])[..., 0]
 
 
 @dataclass(frozen=True)
@@ -154,18 +132,19 @@ class Picard:
 
     damping: float = 1.0
 
-    def init(self, ops, z):
+    def init(self, ops, z, g):
         return ()
 
-    def step(self, ops, problem, k, z, fz, state, running):
-        return z + self.damping * (fz - z), state
+    def step(self, ops, problem, k, z, g, state, running):
+        return z + self.damping * g, state
 
 
 class _AndersonState(NamedTuple):
     z: Array
     g: Array
-    dZ: Array
+    steps: Array
     dG: Array
+    gram: Array
 
 
 @dataclass(frozen=True)
@@ -174,8 +153,8 @@ class Anderson:
 
         gamma = argmin |g - dG' gamma|,     z <- z + damping g - (dZ + damping dG)' gamma
 
-    dZ and dG hold differences of z and of g = f(z) - z. The least squares are solved by normal equations on
-    rows of dG scaled to unit length; a sample whose equations are singular takes the damped Picard step.
+    dZ and dG hold differences of z and of g = f(z) - z. The least squares are solved by normal equations,
+    scaled to a unit diagonal; a sample whose equations are singular takes the damped Picard step.
 
     Args:
         memory: number of differences kept; storage is 2 (B, memory, k).
@@ -192,28 +171,31 @@ class Anderson:
     regularization: float | None = None
     damping: float = 1.0
 
-    def init(self, ops, z):
-        nothing = ops.broadcast_to(0 * z[:, None], (z.shape[0], self.memory, z.shape[1]))
-        return _AndersonState(z, 0 * z, nothing, nothing)
+    def init(self, ops, z, g):
+        steps, dG = (empty_rows(ops, self.memory, z) for _ in range(2))
+        gram = ops.concat([empty_rows(ops, self.memory, z[:, :1])] * self.memory, 2)
+        return _AndersonState(z, g, steps, dG, gram)
 
-    def step(self, ops, problem, k, z, fz, state, running):
-        g, slot = fz - z, _slot(ops, self.memory, k, running, z)
-        dZ = _put(ops, state.dZ, z - state.z, slot)
-        dG = _put(ops, state.dG, g - state.g, slot)
-        gamma = self._weights(ops, dG, g)
-        new = z + self.damping * g - _combine(ops, gamma, dZ + self.damping * dG)
-        return new, _AndersonState(z, g, dZ, dG)
+    def step(self, ops, problem, k, z, g, state, running):
+        place, y = (k - 1) % self.memory, g - state.g  # zero in iteration 0
+        steps = ops.put_row(state.steps, place, z - state.z + self.damping * y)
+        dG = ops.put_row(state.dG, place, y)
+        with_y, with_g = products(ops, dG, y), products(ops, dG, g)
+        gram = ops.put_row(ops.put_row(state.gram, place, with_y).mT, place, with_y).mT
+        gamma = self._weights(ops, gram, with_g)
+        return z + self.damping * g - combine(ops, gamma, steps), _AndersonState(z, g, steps, dG, gram)
 
-    def _weights(self, ops, dG, g):
-        size = _norm(ops, dG)
-        unit = dG / ops.where(size > 0, size, 1.0)[..., None]
-        diagonal = 100 * ops.eps(g) if self.regularization is None else self.regularization
-        empty = ops.where(size > 0, diagonal, 1.0)  # an empty row gets the equation gamma = 0
-        matrix = unit @ unit.mT + empty[..., None] * ops.eye(self.memory, g)[None]
-        rhs = _products(ops, unit, g)[..., None]
-        gamma = ops.cholesky_solve(ops.cholesky(matrix), rhs)[..., 0]
+    def _weights(self, ops, gram, rhs):
+        """gamma (B, m) with (gram + regularization) gamma = rhs, all zero for a singular sample."""
+        identity = ops.eye(self.memory, rhs)[None]
+        size = ops.sqrt(ops.sum(gram * identity, -1))
+        added = 100 * ops.eps(rhs) if self.regularization is None else self.regularization
+        diagonal = ops.where(size > 0, added, 1.0)  # an empty row gets the equation gamma = 0
+        size = ops.where(size > 0, size, 1.0)
+        matrix = gram / (size[..., None] * size[:, None]) + diagonal[..., None] * identity
+        gamma = ops.cholesky_solve(ops.cholesky(matrix), (rhs / size)[..., None])[..., 0]
         usable = ops.all(ops.isfinite(gamma), -1)[:, None]
-        return ops.where(usable, gamma, 0.0) / ops.where(size > 0, size, 1.0)
+        return ops.where(usable, gamma, 0.0) / size
 
 
 class _BroydenState(NamedTuple):
@@ -221,6 +203,7 @@ class _BroydenState(NamedTuple):
     g: Array
     U: Array
     V: Array
+    used: Array
 
 
 @dataclass(frozen=True)
@@ -245,30 +228,38 @@ class Broyden:
     memory: int = 20
     damping: float = 1.0
 
-    def init(self, ops, z):
-        nothing = ops.broadcast_to(0 * z[:, None], (z.shape[0], self.memory, z.shape[1]))
-        return _BroydenState(z, 0 * z, nothing, nothing)
+    def init(self, ops, z, g):
+        U, V = (empty_rows(ops, self.memory, z) for _ in range(2))
+        return _BroydenState(z, g, U, V, ops.to_int(0 * z[:, 0]))
 
-    def step(self, ops, problem, k, z, fz, state, running):
-        g = fz - z
-        U, V = self._update(ops, k, z - state.z, g - state.g, state, running)
-        return z - self.damping * inverse_product(ops, U, V, g), _BroydenState(z, g, U, V)
+    def step(self, ops, problem, k, z, g, state, running):
+        place = (k - 1) % self.memory
+        U, V = (ops.leading(rows, place) for rows in (state.U, state.V))
+        u, v = self._update(ops, U, V, place, z - state.z, g - state.g)
+        keep = lambda row, rows: ops.where(running[:, None], row, rows[:, place])
+        U = ops.put_row(state.U, place, keep(u, state.U))
+        V = ops.put_row(state.V, place, keep(v, state.V))
+        used = ops.where(running, place + 1, state.used)
+        Hg = inverse_product(ops, *(ops.leading(rows, place + 1) for rows in (U, V)), place + 1, g)
+        return z - self.damping * Hg, _BroydenState(z, g, U, V, used)
 
-    def _update(self, ops, k, s, y, state, running):
-        slot = _slot(ops, self.memory, k, running, s)
-        anew = slot[:, :1, None]  # the first place is written again: forget the others
-        U, V = (ops.where(anew, 0.0, rows) for rows in (state.U, state.V))
-        Hy, sH = inverse_product(ops, U, V, y), inverse_product(ops, V, U, s)
+    def _update(self, ops, U, V, used, s, y):
+        """The rows u and v that make H y = s, or zeros where there are none."""
+        Hy, sH = inverse_product(ops, U, V, used, y), inverse_product(ops, V, U, used, s)
         product = ops.sum(s * Hy, -1)
-        valid = abs(product) > ops.eps(s) * _norm(ops, s) * _norm(ops, Hy)
+        valid = abs(product) > ops.eps(s) * ops.norm(s) * ops.norm(Hy)
         u = (s - Hy) / ops.where(valid, product, 1.0)[:, None]
-        slot = slot & valid[:, None]
-        return _put(ops, U, u, slot), _put(ops, V, sH, slot)
+        return ops.where(valid[:, None], u, 0.0), ops.where(valid[:, None], sH, 0.0)
 
 
-def inverse_product(ops: MatrixFreeOps, U: Array, V: Array, x: Array) -> Array:
-    """(-I + U'V) x for rank-one terms U, V (B, m, k): Broyden's H; with U and V exchanged its transpose."""
-    return _combine(ops, _products(ops, V, x), U) - x
+def inverse_product(ops: MatrixFreeOps, U: Array, V: Array, used: Any, x: Array) -> Array:
+    """Broyden's H x = (-I + sum_i u_i v_i') x with the first `used` rows; U and V exchanged, H' x.
+
+    Args:
+        used: an integer, or one for each sample (B, 1); rows from there on are of an earlier cycle.
+    """
+    index = ops.constant(np.arange(U.shape[1])[None], x)
+    return combine(ops, ops.where(index < used, products(ops, V, x), 0.0), U) - x
 
 
 @dataclass(frozen=True)
@@ -292,51 +283,11 @@ class NewtonKrylov:
     inner_tol: float = 1e-3
     damping: float = 1.0
 
-    def init(self, ops, z):
+    def init(self, ops, z, g):
         return ()
 
-    def step(self, ops, problem, k, z, fz, state, running):
+    def step(self, ops, problem, k, z, g, state, running):
         tangent = problem.tangent(z)
-        rhs = ops.where(running[:, None], fz - z, 0.0)
+        rhs = ops.where(running[:, None], g, 0.0)
         dz = gmres(ops, lambda d: d - tangent(d), rhs, self.krylov, self.inner_tol)
         return z + self.damping * dz, state
-
-
-def gmres(
-    ops: MatrixFreeOps, apply: Callable[[Array], Array], rhs: Array, max_iter: int, tol: float
-) -> Array:
-    """x of least |rhs - apply(x)| in the Krylov space, row by row (B, k), without restarts.
-
-    Adaptive simpler GMRES (Jiranek and Rozloznik 2010): images Q = apply(P) are kept orthonormal, so there is
-    no small least-squares problem; the next direction is the residual if it fell, else the last image.
-    """
-    start = _norm(ops, rhs)
-    index = ops.constant(np.arange(max_iter)[None], rhs)
-    tiny = 8 * ops.eps(rhs)
-
-    def body(carry):
-        j, x, r, p, P, Q = carry
-        p = p / _or_one(ops, _norm(ops, p))[:, None]
-        q = apply(p)
-        size = _norm(ops, q)
-        for _ in range(2):  # once more against rounding
-            weights = _products(ops, Q, q)
-            p, q = p - _combine(ops, weights, P), q - _combine(ops, weights, Q)
-        left = _norm(ops, q)
-        scale = (ops.where(left > tiny * size, 1.0, 0.0) / _or_one(ops, left))[:, None]
-        p, q = p * scale, q * scale
-        step = ops.sum(q * r, -1)[:, None]
-        before, x, r = _norm(ops, r), x + step * p, r - step * q
-        fell = _norm(ops, r) < 0.9 * before
-        place = ops.broadcast_to(index == j, P.shape[:2])
-        return j + 1, x, r, select(ops, fell, r, q), _put(ops, P, p, place), _put(ops, Q, q, place)
-
-    def unfinished(carry):
-        return (carry[0] < max_iter) & ops.any_mapped(_norm(ops, carry[2]) > tol * start)
-
-    nothing = ops.broadcast_to(0 * rhs[:, None], (rhs.shape[0], max_iter, rhs.shape[1]))
-    return ops.while_loop(unfinished, body, (0, 0 * rhs, rhs, rhs, nothing, nothing))[1]
-
-
-def _or_one(ops: MatrixFreeOps, x: Array) -> Array:
-    return ops.where(x > 0, x, 1.0)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from checks import assert_close
+from optlayers.linalg.gmres import gmres
 from optlayers.solvers.fixed_point import (
     Anderson,
     Broyden,
     NewtonKrylov,
     Picard,
     Problem,
-    gmres,
     inverse_product,
 )
 from optlayers.solvers.fixed_point import run as run_eagerly
@@ -94,13 +94,15 @@ def test_broyden_fulfils_the_secant_equation(ops, rng):
     problem, running = affine(ops, A, b), array(ops, np.ones(3, bool))
 
     def steps():
-        z, state, path = array(ops, 0 * b), solver.init(ops, array(ops, 0 * b)), []
+        z, path = array(ops, 0 * b), []
+        state = solver.init(ops, z, problem.value(z) - z)
         for k in range(4):
-            new, state = solver.step(ops, problem, k, z, problem.value(z), state, running)
-            path, z = [*path, (z, problem.value(z) - z)], new
+            g = problem.value(z) - z
+            new, state = solver.step(ops, problem, k, z, g, state, running)
+            path, z = [*path, (z, g)], new
         (z, g), (z_last, g_last) = path[-1], path[-2]
-        H = lambda x: inverse_product(ops, state.U, state.V, x)
-        transpose = inverse_product(ops, state.V, state.U, z)
+        H = lambda x: inverse_product(ops, state.U, state.V, 4, x)
+        transpose = inverse_product(ops, state.V, state.U, 4, z)
         return H(g - g_last), z - z_last, ops.sum(transpose * g, 1), ops.sum(z * H(g), 1)
 
     actual, expected, left, right = map(numpy, compiled(ops, steps))
@@ -155,13 +157,14 @@ def test_iteration_limit_returns_the_best_iterate(ops):
 def test_singular_anderson_system_takes_a_plain_step(ops, rng):
     """Two equal differences of the residual: without regularisation the normal equations are singular."""
     solver, z = Anderson(2, regularization=0.0), rng.standard_normal((2, 3))
-    state = solver.init(ops, array(ops, z))
     same = np.ones((2, 2, 3))
     same[1, 1] = [1.0, -1.0, 2.0]  # the second sample's equations are regular
-    state = state._replace(dG=array(ops, same), dZ=array(ops, same), z=array(ops, z))
-    problem = affine(ops, np.zeros((2, 3, 3)), np.ones((2, 3)))
-    running = array(ops, np.array([False, False]))  # nothing is added to the memory
-    step = lambda: solver.step(ops, problem, 1, array(ops, z), array(ops, 0 * z + 1), state, running)[0]
+    gram = same @ np.swapaxes(same, 1, 2)
+    state = solver.init(ops, array(ops, z), array(ops, -z))._replace(
+        dG=array(ops, same), steps=array(ops, same), gram=array(ops, gram)
+    )
+    g = array(ops, 1 - z)  # g has changed by 1: the row that is written again stays as it is
+    step = lambda: solver.step(ops, None, 1, array(ops, z), g, state, None)[0]
     new = numpy(compiled(ops, step))
     assert_close(new[0], np.ones(3), 1e-15)
     assert np.isfinite(new[1]).all() and np.abs(new[1] - 1).max() > 1e-3

@@ -150,6 +150,7 @@ CASES = {
     "complex_number": each(lambda ops, x, y: ops.complex_number(x, y), lambda x, y: x + 1j * y, *PAIRS),
     "sum": each(lambda ops, x: ops.sum(x, axis=-1), lambda x: x.sum(-1), *MATRICES)
     + each(lambda ops, x: ops.sum(x, axis=0, keepdims=True), lambda x: x.sum(0, keepdims=True), *MATRICES),
+    "norm": each(lambda ops, x: ops.norm(x), lambda x: np.linalg.norm(x, axis=-1), *MATRICES),
     "amax": each(lambda ops, x: ops.amax(x, axis=-1), lambda x: x.max(-1), normal(3, 4), normal(0, 4))
     + each(lambda ops, x: ops.amax(x, 0, keepdims=True), lambda x: x.max(0, keepdims=True), normal(3, 4))
     + each(lambda ops, x: ops.amax(x, axis=-1), lambda x: np.zeros(2), normal(2, 0))
