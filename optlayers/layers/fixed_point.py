@@ -1,32 +1,21 @@
 """The fixed point z = f(z, *args) as a differentiable function of args and of all that f closes over.
 
-With the residual z - f(z) of `optlayers.implicit` and A = df/dz at the solution, a derivative needs solutions
-of w = r + A w, and of the transposed equation. How, is the choice of the adjoint; z is a matrix (B, k) here,
-its samples in rows, into which the arrays of the user's state are flattened.
+z is a matrix (B, k) here, its samples in rows, into which the arrays of the user's state are flattened.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..implicit import attach
 from ..ops import Array, MatrixFreeOps
-from ..solvers.fixed_point import (
-    Anderson,
-    Broyden,
-    FixedPointSolver,
-    Problem,
-    Solution,
-    inverse_product,
-    run,
-)
+from ..solvers.fixed_point import Anderson, FixedPointSolver, Problem, run
 from ..status import Status, check
+from .adjoint import Adjoint, Call, Exact, is_usable
 
 FAILURE_POLICIES = ("raise", "nan", "mask", "ignore")
 
@@ -39,189 +28,14 @@ class FixedPointInfo(NamedTuple):
         iterations: steps taken (B,).
         residual: |f(z) - z| / max(|f(z)|, tol) at the result (B,).
         history: that residual after each step (B, max_iter); a finished sample repeats its last one.
+        trajectory: f(z) of the iterates z that `record` asks for, with the derivatives of this f alone.
     """
 
     status: Array
     iterations: Array
     residual: Array
     history: Array
-
-
-class Adjoint(Protocol):
-    """How derivatives are attached to a solution: `call` has the live f, and what was asked of the solve."""
-
-    def __call__(self, ops: MatrixFreeOps, call: Call, solution: Solution) -> Array: ...
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a layer, for its adjoint.
-
-    Args:
-        value: f, differentiable, of matrices (B, k).
-        layer: the settings.
-        tol: relative residual asked of the solution.
-    """
-
-    value: Callable[[Array], Array]
-    layer: FixedPoint
-    tol: float
-
-
-@dataclass(frozen=True)
-class Exact:
-    """The derivative of the implicit function theorem: w = r + A w is solved to `tol` (Bai et al. 2019).
-
-    Memory does not grow with the number of iterations. Where the solve does not converge, a warning says so;
-    in JAX, which cannot warn while it differentiates, derivatives are NaN for samples whose residual exceeds
-    sqrt(tol).
-
-    Args:
-        solver: for w; None takes the solver of the fixed point.
-        tol: relative residual; None takes that of the fixed point.
-        max_iter: iterations; None takes twice those of the fixed point.
-
-    Example:
-        >>> from optlayers.torch import Exact, NewtonKrylov
-        >>> Exact(NewtonKrylov(krylov=30), tol=1e-8).tol
-        1e-08
-    """
-
-    solver: FixedPointSolver | None = None
-    tol: float | None = None
-    max_iter: int | None = None
-
-    def __call__(self, ops, call, solution):
-        layer = call.layer
-        solver = self.solver or layer.solver
-        tol = call.tol if self.tol is None else self.tol
-        max_iter = 2 * layer.max_iter if self.max_iter is None else self.max_iter
-
-        def solve(J, r):
-            A = lambda w: w - J(w)
-            linear = Problem(lambda w: r + A(w), lambda w: A)
-            result = run(ops, solver, linear, r, tol, max_iter)
-            failed = result.residual > tol**0.5
-            return ops.reported(result.z, failed, _warn_of_unsolved, result.status, result.residual)
-
-        return _attach(ops, call, solution, solve)
-
-
-@dataclass(frozen=True)
-class Neumann:
-    """An approximation: the first `terms` of (I - A)^-1 = I + A + A^2 + ... (Geng et al. 2021).
-
-    It has the error A^terms (I - A)^-1, small for strong contractions only. First derivatives.
-
-    Example:
-        >>> from optlayers.torch import Neumann
-        >>> Neumann(terms=8)
-        Neumann(terms=8)
-    """
-
-    terms: int = 5
-
-    def __call__(self, ops, call, solution):
-        def solve(J, r):
-            return ops.repeat(self.terms - 1, lambda w: r + w - J(w), r)
-
-        return _attach(ops, call, solution, solve)
-
-
-@dataclass(frozen=True)
-class OneStep:
-    """An approximation: A is taken as zero, so that z = f(z*, *args) (Jacobian-free, Fung et al. 2022).
-
-    A descent direction where A is small; there is nothing to solve. First derivatives.
-
-    Example:
-        >>> from optlayers.torch import OneStep
-        >>> OneStep()
-        OneStep()
-    """
-
-    def __call__(self, ops, call, solution):
-        return attach(ops, _residual(ops, call, solution), lambda r: r, solution.z, 1)
-
-
-@dataclass(frozen=True)
-class Phantom:
-    """An approximation: the derivative of the last `steps` damped iterations (Geng et al. 2021).
-
-        z <- (1 - tau) z + tau f(z, *args),    unrolled from the solution
-
-    Memory grows with `steps`. First derivatives.
-
-    Example:
-        >>> from optlayers.torch import Phantom
-        >>> Phantom(steps=3, tau=0.8).tau
-        0.8
-    """
-
-    steps: int = 5
-    tau: float = 1.0
-
-    def __call__(self, ops, call, solution):
-        residual, z = _residual(ops, call, solution), solution.z
-        for _ in range(self.steps):
-            z = z - self.tau * residual(z)
-        return ops.guard(z, 1, "the derivative of Phantom() is of first order; use Exact() and order=2")
-
-
-@dataclass(frozen=True)
-class Shine:
-    """An approximation: (I - A)^-1 is what Broyden's method has learnt of it (Ramzi et al. 2022).
-
-    There is nothing to solve; it needs `solver=Broyden(...)`. First derivatives.
-
-    Example:
-        >>> from optlayers.torch import Shine
-        >>> Shine()
-        Shine()
-    """
-
-    def __call__(self, ops, call, solution):
-        if not isinstance(call.layer.solver, Broyden):
-            raise ValueError(f"adjoint=Shine() needs solver=Broyden(...), got {call.layer.solver!r}")
-        state = solution.state
-        U, V = (ops.stop_gradient(rows) for rows in (state.U, state.V))
-        solve = lambda r: -inverse_product(ops, U, V, state.used[:, None], r)
-        return attach(ops, _residual(ops, call, solution), solve, solution.z, 1)
-
-
-def _residual(ops: MatrixFreeOps, call: Call, solution: Solution) -> Callable[[Array], Array]:
-    """z to z - f(z), zero for failed samples under the policy "mask"."""
-    return lambda z: _masked(ops, call, solution, z - call.value(z))
-
-
-def _masked(ops: MatrixFreeOps, call: Call, solution: Solution, x: Array) -> Array:
-    if call.layer.on_failure != "mask":
-        return x
-    return ops.where(_is_usable(solution.status)[:, None], x, 0.0)
-
-
-def _attach(ops: MatrixFreeOps, call: Call, solution: Solution, solve: Callable) -> Array:
-    """The solution with the derivatives that `solve`, (J, r) to about J^-1 r, implies."""
-    order = call.layer.order if isinstance(call.layer.adjoint, Exact) else 1
-    F = lambda z: z - call.value(z)
-    # Masked on both sides: a failed sample's equations, which may have no solution, are never posed.
-    inverse = lambda r: _masked(ops, call, solution, ops.solve_increment(F, solution.z, solve, r))
-    return attach(ops, _residual(ops, call, solution), inverse, solution.z, order)
-
-
-def _is_usable(status: Array) -> Array:
-    return status == Status.SOLVED.code
-
-
-def _warn_of_unsolved(status: np.ndarray, residual: np.ndarray) -> None:
-    failed = status != Status.SOLVED.code
-    if failed.any():
-        warnings.warn(
-            f"the linear equations of the derivative were not solved for {failed.sum()} of {failed.size} "
-            f"samples (relative residual up to {residual[failed].max():.1e}): these gradients are inexact; "
-            "raise max_iter or tol of adjoint=Exact(...), or use Exact(NewtonKrylov())",
-            stacklevel=2,
-        )
+    trajectory: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -234,6 +48,7 @@ class FixedPoint:
     max_iter: int = 50
     order: int = 1
     on_failure: str = "raise"
+    record: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.on_failure not in FAILURE_POLICIES:
@@ -241,20 +56,53 @@ class FixedPoint:
         if self.order < 1 or self.max_iter < 1:
             raise ValueError(f"order and max_iter must be at least 1, got {self.order} and {self.max_iter}")
 
+        if not all(1 <= steps <= self.max_iter for steps in self.record):
+            raise ValueError(
+                f"record must hold numbers from 1 to max_iter = {self.max_iter}, got {self.record}"
+            )
+
     def __call__(self, ops: MatrixFreeOps, f: Callable, z0: Any, *args: Any) -> tuple[Any, FixedPointInfo]:
-        start, unflatten = flatten_state(ops, z0)
-        value = lambda z: _evaluate(ops, f, unflatten, z, args)
-        start = ops.stop_gradient(start)
-        tol = self.tol if self.tol is not None else 1e-10 if ops.eps(start) < 1e-10 else 1e-6
+        value, start, unflatten = flatten_map(ops, f, z0, args)
+        start, tol = ops.stop_gradient(start), self._tolerance(ops, start)
         problem = Problem(ops.frozen(value, start), lambda z: ops.tangent_map(value, z))
-        solution = run(ops, self.solver, problem, start, tol, self.max_iter)
-        info = FixedPointInfo(*solution[1:5])
+        solution = run(ops, self.solver, problem, start, tol, self.max_iter, tuple(self.record))
         if self.on_failure == "raise":
-            ops.on_host(check, info.status, info.residual)
-        z = self.adjoint(ops, Call(value, self, tol), solution)
+            ops.on_host(check, solution.status, solution.residual)
+        is_masked = self.on_failure == "mask"
+        z = self.adjoint(ops, Call(value, self.solver, tol, self.max_iter, self.order, is_masked), solution)
         if self.on_failure in ("raise", "nan"):
-            z = ops.where(_is_usable(info.status)[:, None], z, ops.nan)
-        return unflatten(z), info
+            z = ops.where(is_usable(solution.status)[:, None], z, ops.nan)
+        trajectory = tuple(unflatten(value(z)) for z in solution.trajectory)
+        return unflatten(z), FixedPointInfo(*solution[1:5], trajectory)
+
+    def unrolled(
+        self, ops: MatrixFreeOps, f: Callable, z0: Any, steps: int, *args: Any
+    ) -> tuple[Any, FixedPointInfo]:
+        """`steps` applications of f to `z0`, differentiated one by one; nothing is asked of the residual.
+
+        That of the last application is reported.
+        """
+        if steps < 1:
+            raise ValueError(f"unroll must be at least 1, got {steps}")
+        value, start, unflatten = flatten_map(ops, f, z0, args)
+        before = ops.repeat(steps - 1, value, start)
+        z = value(before)
+        tol = self._tolerance(ops, z)
+        last, change = ops.stop_gradient(z), ops.stop_gradient(z - before)
+        residual = ops.norm(change) / ops.maximum(ops.norm(last), tol)
+        status = ops.where(residual <= tol, Status.SOLVED.code, Status.ITERATION_LIMIT.code)
+        return unflatten(z), FixedPointInfo(status, 0 * status + steps, residual, residual[:, None])
+
+    def _tolerance(self, ops, z):
+        return self.tol if self.tol is not None else 1e-10 if ops.eps(z) < 1e-10 else 1e-6
+
+
+def flatten_map(
+    ops: MatrixFreeOps, f: Callable, z: Any, args: Sequence[Any]
+) -> tuple[Callable[[Array], Array], Array, Callable[[Array], Any]]:
+    """f as a map of matrices (B, k), z as one, and the way back to states like z."""
+    flat, unflatten = flatten_state(ops, z)
+    return lambda z: _evaluate(ops, f, unflatten, z, args), flat, unflatten
 
 
 def flatten_state(ops: MatrixFreeOps, tree: Any) -> tuple[Array, Callable[[Array], Any]]:
@@ -306,12 +154,15 @@ def fixed_point_doc():
         args: whatever f takes besides z.
         solver: Picard, Anderson, Broyden or NewtonKrylov.
         adjoint: Exact, or one of the approximations Neumann, OneStep, Phantom and Shine.
-        tol: relative residual |f(z) - z| / max(|f(z)|, tol); None is 1e-10 in double precision and 1e-6 in single.
+        tol: for the residual |f(z) - z| / max(|f(z)|, tol), which is relative; None is 1e-10 in double
+            precision and 1e-6 in single.
         max_iter: steps of the solver.
         order: how many derivatives are right; more raise NotImplementedError. Each costs one more linear
             solve.
         on_failure: for samples that did not converge: "raise", or "nan", "mask" (the best iterate, with zero
             derivatives) or "ignore" (the best iterate, derived as if it were the solution).
+        record: numbers of steps; `info.trajectory` holds z after each of them, for losses on the way to the
+            solution (Bai et al. 2022).
         return_info: return (z, info), with info a `FixedPointInfo`.
 
     Raises:

@@ -240,6 +240,10 @@ class MatrixFreeOps(Ops, Protocol):
         """The map dx to (d function / dx at the detached x) dx, of a frozen function."""
         ...
 
+    def pullback(self, function: Callable[[Array], Array], x: Array) -> Callable[[Array], Array]:
+        """The map v to (d function / dx at the detached x)' v, differentiable in all but x."""
+        ...
+
     def solve_increment(
         self,
         function: Callable[[Array], Array],

@@ -200,6 +200,11 @@ def tangent_map(function, x):
     return jax.linearize(frozen(function, x), x)[1]
 
 
+def pullback(function, x):
+    back = jax.vjp(function, lax.stop_gradient(x))[1]
+    return lambda v: back(v)[0]
+
+
 def solve_increment(function, x, solve, r):
     x = lax.stop_gradient(x)
     return lax.custom_linear_solve(

@@ -296,16 +296,34 @@ def frozen(function, x):
 
 
 def tangent_map(function, x):
-    return _linear_map(function, x.detach(), transposed=False)
+    x = x.detach()
+    return _linear_map(function if _is_transformed() else _Recorded(function, x), x, transposed=False)
 
 
-# Linear solves that are differentiated by further solves. Plain autograd differentiates the function where it
-# is used; torch.func cannot, as its levels differ between a layer's call and its rules: there all tensors
-# that the function uses travel with the rule as inputs of their own.
+# Linear solves that are differentiated by further solves. Plain autograd keeps the graph of the function;
+# torch.func cannot, as its levels differ between a layer's call and its rules: there all tensors that the
+# function uses travel with the rule as inputs of their own.
 
 
 def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class _Recorded:
+    """A function whose graph at `x` is made once, and then serves all its linear maps."""
+
+    def __init__(self, function, x):
+        self.function, self.x, self.graph = function, x, None
+
+    def __call__(self, x):
+        return self.function(x)
+
+    def record(self):
+        if self.graph is None:
+            with torch.enable_grad(), _kept_as_they_are():
+                at = self.x.detach().requires_grad_()
+                self.graph = at, self.function(at)
+        return self.graph
 
 
 def _linear_map(function, x, transposed):
@@ -313,16 +331,15 @@ def _linear_map(function, x, transposed):
 
     J w is the derivative of v to J'v, since torch allows no forward mode within its own.
     """
-    if _is_transformed():
+    if not isinstance(function, _Recorded):
         pull = lambda v: torch.func.vjp(function, x)[1](v)[0]
         with torch.no_grad():
             pullback = torch.func.vjp(*((function, x) if transposed else (pull, torch.zeros_like(x))))[1]
         product = lambda w: pullback(w)[0]
     else:
-        with torch.enable_grad(), _kept_as_they_are():
-            at = x.detach().requires_grad_()
-            image = function(at)
-            if not transposed:
+        at, image = function.record()
+        if not transposed:
+            with torch.enable_grad(), _kept_as_they_are():
                 weight = torch.zeros_like(x).requires_grad_()
                 image, at = _pull_back(image, at, weight, create_graph=True), weight
         product = lambda w: _pull_back(image, at, w)
@@ -339,6 +356,17 @@ def _pull_back(y, x, weight, **options):
         return torch.zeros(weight.shape[: weight.ndim - y.ndim] + x.shape, dtype=x.dtype, device=x.device)
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True, **options}
     return torch.autograd.grad(y, x, weight, **options)[0]
+
+
+def pullback(function, x):
+    if _is_transformed():
+        back = torch.func.vjp(function, x.detach())[1]
+        return lambda v: back(v)[0]
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        image = function(at)
+    return lambda v: _pull_back(image, at, v, create_graph=create_graph)
 
 
 class _Used(torch.overrides.TorchFunctionMode):
@@ -376,8 +404,6 @@ class _Replaced(torch.overrides.TorchFunctionMode):
 
 def _explicit(function, x):
     """A function (x, *used) for `function`, and the tensors `used`, detached."""
-    if not _is_transformed():
-        return lambda z, *_: function(z), []
     with _undifferentiated(), _Used(x) as mode:
         function(x)
     found = mode.found
@@ -431,10 +457,19 @@ def increment(solve, r, *frozen):
 
 
 def solve_increment(function, x, solve, r):
-    explicit, used = _explicit(function, x.detach())
+    x = x.detach()
+    if _is_transformed():
+        explicit, used = _explicit(function, x)
+        applied = lambda used: lambda z: explicit(z, *used)
+    else:
+        recorded, used = _Recorded(function, x), []
+        applied = lambda _: recorded
+        if r.requires_grad:
+            # Not in the backward pass, when the weights of modules that it closes over may be others.
+            recorded.record()
 
     def invert(r, transposed, x, *used):
-        return solve(_linear_map(lambda z: explicit(z, *used), x, transposed), r)
+        return solve(_linear_map(applied(used), x, transposed), r)
 
     return increment(invert, r, x, *used)
 

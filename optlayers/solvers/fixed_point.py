@@ -63,6 +63,7 @@ class Solution(NamedTuple):
         iterations: steps taken (B,).
         residual: |f(z) - z| / max(|f(z)|, tol) (B,), infinite where no finite one was met.
         history: residual after each step (B, max_iter); a finished sample repeats its last one.
+        trajectory: for each number of steps that was to be recorded, z after so many (B, k).
         state: of the solver.
     """
 
@@ -71,11 +72,18 @@ class Solution(NamedTuple):
     iterations: Array
     residual: Array
     history: Array
+    trajectory: tuple[Array, ...]
     state: Any
 
 
 def run(
-    ops: MatrixFreeOps, solver: FixedPointSolver, problem: Problem, z: Array, tol: float, max_iter: int
+    ops: MatrixFreeOps,
+    solver: FixedPointSolver,
+    problem: Problem,
+    z: Array,
+    tol: float,
+    max_iter: int,
+    record: tuple[int, ...] = (),
 ) -> Solution:
     """Iterate from `z` until each residual is at most `tol`, or is not finite, or `max_iter` is spent.
 
@@ -95,14 +103,18 @@ def run(
         return residual, nearest, ops.where(running, outcome, status)
 
     def body(carry):
-        k, z, g, best, status, iterations, history, state = carry
+        k, z, g, best, status, iterations, history, trajectory, state = carry
         running = status == RUNNING
         z, state = solver.step(ops, problem, k, z, g, state, running)
         fz = problem.value(z)
         g = fz - z
         residual, best, status = judge(running, z, g, fz, best, status)
         history = ops.where((index >= k) & running[:, None], residual[:, None], history)
-        return k + 1, z, g, best, status, iterations + ops.to_int(running), history, state
+        trajectory = tuple(
+            ops.cond(k < steps, lambda new, _: new, lambda _, old: old, best[0], old)
+            for steps, old in zip(record, trajectory, strict=True)
+        )
+        return k + 1, z, g, best, status, iterations + ops.to_int(running), history, trajectory, state
 
     def unfinished(carry):
         return (carry[0] < max_iter) & ops.any_mapped(carry[4] == RUNNING)
@@ -114,10 +126,12 @@ def run(
     status = ops.to_int(zero) + RUNNING
     residual, best, status = judge(status == RUNNING, z, g, fz, nothing, status)
     history = ops.broadcast_to(residual[:, None], (z.shape[0], max_iter)) + 0 * zero[:, None]
-    carry = (0, z, g, best, status, ops.to_int(zero), history, solver.init(ops, z, g))
-    _, _, _, best, status, iterations, history, state = ops.while_loop(unfinished, body, carry)
+    trajectory = tuple(best[0] for _ in record)
+    carry = (0, z, g, best, status, ops.to_int(zero), history, trajectory, solver.init(ops, z, g))
+    carry = ops.while_loop(unfinished, body, carry)
+    _, _, _, best, status, iterations, history, trajectory, state = carry
     status = ops.where(status == RUNNING, Status.ITERATION_LIMIT.code, status)
-    return Solution(best[0], status, iterations, best[1], history, state)
+    return Solution(best[0], status, iterations, best[1], history, trajectory, state)
 
 
 @dataclass(frozen=True)

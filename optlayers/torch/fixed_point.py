@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..docstring import continues
-from ..layers.fixed_point import Adjoint, Exact, FixedPoint, fixed_point_doc
+from ..layers.adjoint import Adjoint, Exact
+from ..layers.fixed_point import FixedPoint, fixed_point_doc
 from ..ops import torch as ops
 from ..solvers.fixed_point import Anderson, FixedPointSolver
 from .calling import in_full_precision, not_traced
@@ -30,6 +31,7 @@ def fixed_point(
     max_iter: int = 50,
     order: int = 1,
     on_failure: str = "raise",
+    record: Sequence[int] = (),
     return_info: bool = False,
 ) -> Any:
     """
@@ -42,5 +44,6 @@ def fixed_point(
         >>> round(z.item(), 4), round(x.grad.item(), 4)
         (0.4502, 0.7395)
     """
-    z, info = FixedPoint(solver, adjoint, tol, max_iter, order, on_failure)(ops, f, z0, *args)
+    settings = FixedPoint(solver, adjoint, tol, max_iter, order, on_failure, tuple(record))
+    z, info = settings(ops, f, z0, *args)
     return (z, info) if return_info else z
