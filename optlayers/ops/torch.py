@@ -257,7 +257,18 @@ def jacobian(function, x):
 
 def _kept_as_they_are():
     """Within it, hooks for saved tensors such as a checkpoint's do not see those of an inner graph."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: (x, x._version), _if_unchanged)
+
+
+def _if_unchanged(saved):
+    """The saved tensor; torch itself does not look for changes of those that hooks keep."""
+    x, version = saved
+    if x._version != version:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(x.shape)} needed for the backward pass was modified by an inplace "
+            "operation after the forward pass; step the optimizer after loss.backward()"
+        )
+    return x
 
 
 def tree_flatten(tree):
