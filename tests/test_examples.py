@@ -21,11 +21,11 @@ def run(script, *options, launcher=()):
     return result.stdout
 
 
-def rows(table):
+def rows(table, width=12):
     """The rows below the line that starts with "method", each as its name and its other columns."""
     _, _, body = table.partition("\nmethod ")
     _, *lines = body.split("\n\n")[0].splitlines()
-    return {line[:12].strip(): line[12:].split() for line in lines}
+    return {line[:width].strip(): line[width:].split() for line in lines}
 
 
 def check_polytope(output):
@@ -42,6 +42,7 @@ LAUNCHERS = {"torch": TORCHRUN, "jax": ()}
 
 def test_every_example_is_run():
     tested = {script for script, _ in EXAMPLES} | {f"data_parallel_{name}" for name in LAUNCHERS}
+    tested |= {"fixed_point_operator"}
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == tested
 
 
@@ -70,3 +71,12 @@ def test_losses_do_not_depend_on_the_number_of_devices(framework, tmp_path):
     assert difference <= 1e-12
     assert last < first / 2
     assert len(one) == len(several)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_fixed_point_operator_equals_the_library(framework):
+    pytest.importorskip(framework)
+    table = rows(run("fixed_point_operator", "--framework", framework), width=28)
+    assert len(table) == 5
+    for name, errors in table.items():
+        assert max(map(float, errors)) <= (1e-8 if "differences" in name else 1e-12), name
