@@ -15,8 +15,12 @@ def mean_square_of_jacobian(
     """The average over `probes` draws v of |A'v|^2 / k, sample by sample."""
     value, z, _ = flatten_map(ops, f, z, args)
     pullback = ops.pullback(value, z)
-    squares = [ops.norm(pullback(noise(i, z))) ** 2 for i in range(probes)]
-    return ops.sum(ops.stack(squares, 0), 0) / (probes * z.shape[1])
+
+    def add(carry):
+        i, total = carry
+        return i + 1, total + ops.norm(pullback(noise(i, z))) ** 2
+
+    return ops.repeat(probes, add, (0, 0 * z[:, 0]))[1] / (probes * z.shape[1])
 
 
 def growth_of_powers(
