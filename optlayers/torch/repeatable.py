@@ -27,9 +27,12 @@ def _snapshot(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
     if module in done:
         return done[module]
     twin = done[module] = object.__new__(type_before_parametrizations(module))
-    children = dict(module._modules)
-    values = {name: getattr(module, name) for name in children.pop("parametrizations", None) or ()}
-    children = {name: child and _snapshot(child, done) for name, child in children.items()}
+    values = {name: getattr(module, name) for name in getattr(module, "parametrizations", ())}
+    children = {
+        name: child and _snapshot(child, done)
+        for name, child in module._modules.items()
+        if name != "parametrizations"
+    }
     own = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers), "_modules": children}
     twin.__dict__.update(module.__dict__ | own | values)
     return twin
