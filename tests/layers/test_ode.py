@@ -200,9 +200,11 @@ def test_discrete_adjoint_equals_the_derivative_of_the_steps(frontend, rng, meth
     results = [
         frontend.differentiable(lambda *v, f=f: (f(*v),))(values, [cotangent]) for f in (swept, unrolled)
     ]
-    assert_close(results[0][0][0], results[1][0][0], 1e-12)
+    # Implicit stages are right to a thousandth of the tolerance, 1e-11 here.
+    is_implicit = method == "kvaerno5"
+    assert_close(results[0][0][0], results[1][0][0], 1e-10 if is_implicit else 1e-12)
     for a, e in zip(results[0][1], results[1][1], strict=True):
-        assert_close(a, e, 1e-8 if method == "kvaerno5" else 1e-11)
+        assert_close(a, e, 1e-8 if is_implicit else 1e-11)
 
 
 @pytest.mark.slow_to_compile
