@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
 import math
@@ -385,10 +386,8 @@ class _Used(torch.overrides.TorchFunctionMode):
 
     def __init__(self, *given):
         super().__init__()
-        self.found, self.own = (
-            {},
-            {id(x): x for x in given},
-        )  # the tensors themselves, lest an id be used again
+        # The tensors themselves, lest an id be used again.
+        self.found, self.own = {}, {id(x): x for x in given}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         for x in torch.utils._pytree.tree_leaves((args, kwargs)):
@@ -536,10 +535,16 @@ def explicit(functions, examples):
 
     def call(function, *args):
         *args, others = args
-        if not torch.is_grad_enabled() or ids == [id(x) for x in others]:
+        if not torch.is_grad_enabled():
             return function(*args)
-        with _Replaced(ids, others) as mode:
-            return mode.replace(function(*args))
+        with _Used(*args, *others) as used, _Replaced(ids, others) as mode:
+            output = mode.replace(function(*args))
+        if builtins.any(x.requires_grad for x in used.found.values()):
+            raise RuntimeError(
+                "func uses a tensor with a gradient that it did not use when it was first called, and its "
+                "gradient would be missing; pass it in args, or let it enter every call, if only times zero"
+            )
+        return output
 
     return [lambda *args, f=f: call(f, *args) for f in functions], theta
 

@@ -611,3 +611,15 @@ def test_no_warnings_of_memory(frontend):
         warnings.simplefilter("error")
         y = odeint(frontend, lambda t, y: -y, frontend.array([1.0]), frontend.array([0.0, 1.0]))
     assert not getattr(y, "requires_grad", False)
+
+
+def test_weight_that_the_first_evaluation_does_not_use():
+    """Its gradient would be missing: the backward pass finds it and raises."""
+    torch = pytest.importorskip("torch")
+    from optlayers.torch import odeint
+
+    early, late = (torch.tensor(-1.0, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    t = torch.linspace(0, 1, 3, dtype=torch.float64)
+    y = odeint(lambda t, y: (early if float(t) < 0.5 else late) * y, torch.ones(2, dtype=torch.float64), t)
+    with pytest.raises(RuntimeError, match="its gradient would be missing"):
+        y.sum().backward()
