@@ -11,6 +11,7 @@ from ..layers.ode import ODEInfo
 from ..layers.ode_adjoint import Discrete
 from ..layers.ode_continuous import Continuous
 from ..plot import plot_convergence
+from ..layers.sat import SATSolution
 from ..solvers.admm import ADMM
 from ..solvers.fixed_point import Anderson, Broyden, NewtonKrylov, Picard
 from ..solvers.host import OSQP, SCS, Clarabel
@@ -24,6 +25,7 @@ from .fixed_point import fixed_point
 from .implicit import implicit
 from .jacobian import jacobian_norm, spectral_radius
 from .ode import ODE, cdeint, control_path, odeint
+from .sat import SATLayer
 
 __all__ = [
     "ADMM",
@@ -50,6 +52,8 @@ __all__ = [
     "OneStep",
     "Phantom",
     "Picard",
+    "SATLayer",
+    "SATSolution",
     "SCS",
     "Shine",
     "Solution",

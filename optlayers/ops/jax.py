@@ -14,6 +14,7 @@ from jax import lax
 
 where, maximum, minimum, sqrt, exp, log = jnp.where, jnp.maximum, jnp.minimum, jnp.sqrt, jnp.exp, jnp.log
 isfinite, any, all, reshape, broadcast_to = jnp.isfinite, jnp.any, jnp.all, jnp.reshape, jnp.broadcast_to
+sin, cos, arctan2, moveaxis = jnp.sin, jnp.cos, jnp.arctan2, jnp.moveaxis
 stop_gradient = lax.stop_gradient
 inf, nan = jnp.inf, jnp.nan
 real, imag, complex_number = jnp.real, jnp.imag, lax.complex
@@ -52,7 +53,15 @@ def sum(x, axis, keepdims=False):
 
 
 def norm(x):
+<<<<<<< HEAD
     return jnp.sqrt(jnp.sum(x * x, axis=-1))
+=======
+    return jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def multiply_add(x, y, z):
+    return x + y * z
+>>>>>>> 06dfc58 (SATLayer: a low-rank MAXSAT relaxation by coordinate sweeps, forward and adjoint)
 
 
 def amax(x, axis, keepdims=False):
@@ -67,6 +76,10 @@ def concat(arrays, axis):
 
 def stack(arrays, axis):
     return jnp.stack(list(arrays), axis=axis)
+
+
+def put(x, index, value):
+    return lax.dynamic_update_index_in_dim(x, value, index, 0)
 
 
 def take(x, indices, axis=-1):

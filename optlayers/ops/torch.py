@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 from .encoding import decode, encode
 
 sqrt, exp, log, isfinite = torch.sqrt, torch.exp, torch.log, torch.isfinite
+sin, cos, arctan2, moveaxis = torch.sin, torch.cos, torch.arctan2, torch.moveaxis
+multiply_add = torch.addcmul
 inf, nan = torch.inf, torch.nan
 
 
@@ -76,7 +78,11 @@ def sum(x, axis, keepdims=False):
 
 
 def norm(x):
+<<<<<<< HEAD
     return torch.linalg.vector_norm(x, dim=-1)
+=======
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+>>>>>>> 06dfc58 (SATLayer: a low-rank MAXSAT relaxation by coordinate sweeps, forward and adjoint)
 
 
 def amax(x, axis, keepdims=False):
@@ -107,6 +113,11 @@ def reshape(x, shape):
 
 def broadcast_to(x, shape):
     return torch.broadcast_to(x, tuple(shape))
+
+
+def put(x, index, value):
+    x[index] = value
+    return x
 
 
 def take(x, indices, axis=-1):
