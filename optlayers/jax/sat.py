@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from ..docstring import continues
 from ..layers.sat import SAT, SATSolution, sat_doc
@@ -20,7 +19,7 @@ class SATLayer:
         >>> import jax.numpy as jnp
         >>> from optlayers.jax import SATLayer
         >>> layer = SATLayer(variables=2, clauses=1)
-        >>> S = jnp.array([[-1.0, 1.0, 1.0]])  # the clause "not both", for columns truth, first, second
+        >>> S = jnp.array([[-1.0, -1.0, -1.0]])  # the clause "not both", for columns truth, first, second
         >>> z = layer(S, jnp.array([[1.0, 0.0]]), jnp.array([[True, False]]))
         >>> z.round().tolist()
         [[1.0, 0.0]]

@@ -26,8 +26,8 @@ class SATSolution(NamedTuple):
 
     Attributes:
         z: probability that each variable is true (B, n).
-        vectors: unit vectors of the truth, the variables and the auxiliary variables (B, N, k). Only their inner
-            products have derivatives: all solutions that differ by a rotation are equally good.
+        vectors: unit vectors of the truth, the variables and the auxiliary variables (B, N, k). Only their
+            inner products have derivatives: all solutions that differ by a rotation are equally good.
         status: code of `Status`: `list(Status)[code]` (B,).
         iterations: sweeps taken (B,).
         residual: relative change of the vectors in a last sweep (B,).
@@ -68,7 +68,9 @@ class SAT:
         if self.on_failure not in FAILURE_POLICIES:
             raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {self.on_failure!r}")
         if isinstance(self.solver, NewtonKrylov) or isinstance(self.adjoint_solver, NewtonKrylov):
-            raise ValueError("sweeps can be repeated by Picard(), Anderson() or Broyden(), not NewtonKrylov()")
+            raise ValueError(
+                "sweeps can be repeated by Picard(), Anderson() or Broyden(), not NewtonKrylov()"
+            )
 
     @property
     def size(self) -> int:
@@ -104,7 +106,9 @@ class SAT:
     def _check_shapes(self, S: Array, z: Array, is_input: Array) -> None:
         expected = (self.clauses, self.size)
         if tuple(S.shape) != expected:
-            raise ValueError(f"S must have the shape (clauses, 1 + variables + aux), {expected}; got {tuple(S.shape)}")
+            raise ValueError(
+                f"S must have the shape (clauses, 1 + variables + aux), {expected}; got {tuple(S.shape)}"
+            )
         shape, own = tuple(z.shape), (self.variables,)
         if shape[-1:] != own or tuple(is_input.shape) not in (shape, own):
             raise ValueError(
@@ -147,7 +151,7 @@ class SAT:
     ) -> Array:
         """All vectors, the free ones from `root` = (V, lambda) with the derivatives of their conditions.
 
-            sum_j C_ij v_j + lambda_i v_i = 0,     (|v_i|^2 - 1) / 2 = 0        for free i
+        sum_j C_ij v_j + lambda_i v_i = 0,     (|v_i|^2 - 1) / 2 = 0        for free i
         """
         is_free, k = free[..., None] > 0, self.vector_size
         vectors = lambda y: ops.where(is_free, y[..., :k], fixed)
@@ -183,7 +187,7 @@ def _fixed_vectors(ops: MatrixFreeOps, directions: Array, z: Array) -> Array:
 
 
 def _probability(ops: MatrixFreeOps, V: Array) -> Array:
-    """arccos(-v'v_T) / pi, the chance that a random hyperplane parts v from -v_T; accurate also near 0 and 1."""
+    """arccos(-v'v_T) / pi, the chance that a random hyperplane parts v from -v_T; accurate near 0 and 1."""
     squared = ops.sum(V[..., 1:] * V[..., 1:], -1)
     is_integral = squared == 0  # there the angle has no derivative in v, and it is zero in all else
     length = ops.where(is_integral, 0.0, ops.sqrt(ops.where(is_integral, 1.0, squared)))
@@ -195,8 +199,8 @@ def _warn_of_unsolved(status: np.ndarray, residual: np.ndarray) -> None:
     if failed.any():
         warnings.warn(
             f"the linear equations of the derivative were not solved for {failed.sum()} of {failed.size} "
-            f"problems (relative change in the last sweep up to {residual[failed].max():.1e}): these gradients "
-            "are inexact; raise max_iter or tol, or accept them with on_failure='ignore'",
+            f"problems (relative change in the last sweep up to {residual[failed].max():.1e}): these "
+            "gradients are inexact; raise max_iter or tol, or accept them with on_failure='ignore'",
             stacklevel=2,
         )
 
@@ -206,24 +210,25 @@ def sat_doc():
 
         minimise |S V|^2   subject to  |v_i| = 1,   v_i = -cos(pi z_i) v_T + sin(pi z_i) r_i  for inputs i,
 
-    the semidefinite relaxation of MAXSAT, in unit vectors v_T of the truth, v_i of each variable and of auxiliary
-    variables, the rows of V. What comes out for a variable is z_i = arccos(-v_i'v_T) / pi, the probability that it
-    is true after random rounding. It is solved by the mixing method, sweeps of coordinate descent (Wang, Chang and
-    Kolter 2017); derivatives in S and in the inputs come from the conditions of optimality, whose linear
-    equations the same sweeps solve.
+    the semidefinite relaxation of MAXSAT, in unit vectors v_T of the truth, v_i of each variable and of
+    auxiliary variables, the rows of V. What comes out for a variable is z_i = arccos(-v_i'v_T) / pi, the
+    probability that it is true after random rounding. It is solved by the mixing method, sweeps of coordinate
+    descent (Wang, Chang and Kolter 2017); derivatives in S and in the inputs come from the conditions of
+    optimality, whose linear equations the same sweeps solve.
 
-    `layer(z, is_input)` takes z (..., n), of which only inputs are read, and a boolean mask of its shape or (n,);
-    `layer.solve` takes the same and returns a `SATSolution`. S (clauses, 1 + variables + aux) has a column for
-    the truth, then one for each variable; entries are positive where a clause holds the literal.
+    `layer(z, is_input)` takes z (..., n), of which only inputs are read, and a boolean mask of its shape or
+    (n,); `layer.solve` takes the same and returns a `SATSolution`. S (clauses, 1 + variables + aux) has a
+    column for the truth, negative, then one for each variable, positive where a clause holds it, negative
+    where it holds its negation.
 
     Args:
         variables: n.
         clauses: rows of S.
         aux: auxiliary variables, which let few clauses say more.
-        rank: k, the length of the vectors; None is sqrt(2 N) + 1 or more, where the problem with short vectors
-            is as good as the semidefinite program.
-        solver: repeats the sweeps: Picard, with which each lowers the objective; or Anderson, which takes about a
-            tenth of them to high accuracy, but may be drawn to a saddle.
+        rank: k, the length of the vectors; None is sqrt(2 N) + 1 or more, where the problem with short
+            vectors is as good as the semidefinite program.
+        solver: repeats the sweeps: Picard, with which each lowers the objective; or Anderson, which takes
+            about a tenth of them to high accuracy, but may be drawn to a saddle.
         adjoint_solver: the same for the sweeps of the linear equations, which have no saddles.
         tol: relative change of V in one sweep; None is 1e-8 in double precision and 1e-6 in single.
         max_iter: most sweeps, for the solution and again for its derivative.

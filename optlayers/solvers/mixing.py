@@ -2,13 +2,13 @@
 
     minimise  sum_ij C_ij v_i'v_j   subject to  |v_i| = 1 for free i,   v_i given for the others
 
-With g_i = sum_j C_ij v_j the best v_i for given others is -g_i / |g_i|; a sweep takes that step for one free i
-after the other. Where sweeps end, g_i + lambda_i v_i = 0 with lambda_i = |g_i|. The linear equations with the
-derivative of these conditions are symmetric, and solved by the same sweeps.
+With g_i = sum_j C_ij v_j the best v_i for given others is -g_i / |g_i|; a sweep takes that step for one free
+i after the other. Where sweeps end, g_i + lambda_i v_i = 0 with lambda_i = |g_i|. The linear equations with
+the derivative of these conditions are symmetric, and solved by the same sweeps.
 
-Shapes: C (N, N), symmetric with zero diagonal, shared by the batch or with its axis in front; V (B, N, k), one
-vector a row; `free` (B, N), one or zero. A sweep works on blocks of variables, (M, 8, B, k): what a block needs of
-the others is one matrix product, corrected within the block after each step.
+Shapes: C (N, N), symmetric with zero diagonal, shared by the batch or with its axis in front; V (B, N, k),
+one vector a row; `free` (B, N), one or zero. A sweep works on blocks of variables, (M, 8, B, k): what a block
+needs of the others is one matrix product, corrected within the block after each step.
 """
 
 from __future__ import annotations
@@ -86,9 +86,7 @@ def _sweep(ops: MatrixFreeOps, C: _Rows, target: Array, X: Array, step: Callable
     return ops.repeat(X.shape[0], advance, (0, X + 0))[1]  # a copy, which `put` may overwrite
 
 
-def _iterate(
-    ops: MatrixFreeOps, settings: Mixing, sweep: Callable[[Array], Array], start: Array
-) -> Solution:
+def _iterate(ops: MatrixFreeOps, settings: Mixing, sweep: Callable[[Array], Array], start: Array) -> Solution:
     """The fixed point of `sweep`, a map of vectors in blocks, from `start` (B, N, k)."""
     batch, size, k = start.shape
 
@@ -159,11 +157,13 @@ class MixingAdjoint:
         sum_j C_ij w_j + lambda_i w_i + v_i mu_i = a_i,     v_i'w_i = b_i         for free i
         w_i = a_i,                                          mu_i = b_i            for the others
 
-    where C_ij counts between free i and j only. With w_i = u_i + b_i v_i and P_i = I - v_i v_i' the sweeps are
-    u_i <- P_i (a_i - sum_j C_ij (u_j + b_j v_j)) / lambda_i. The equations are singular along the common
-    rotations of all vectors that no fixed one notices; for right-hand sides that do not either, sweeps converge.
+    where C_ij counts between free i and j only. With w_i = u_i + b_i v_i and P_i = I - v_i v_i' the sweeps
+    are u_i <- P_i (a_i - sum_j C_ij (u_j + b_j v_j)) / lambda_i. The equations are singular along the common
+    rotations of all vectors that no fixed one notices; for right-hand sides that do not either, sweeps
+    converge.
 
-    (a, b) and (w, mu) are arrays (B, N, k + 1), the root (V, lambda) likewise, with zeros where i is not free.
+    (a, b) and (w, mu) are arrays (B, N, k + 1), the root (V, lambda) likewise, with zeros where i
+    is not free.
     """
 
     settings: Mixing

@@ -9,6 +9,9 @@ from ..docstring import continues
 from ..layers.sat import SAT, SATSolution, sat_doc
 from ..ops import torch as ops
 from ..solvers.fixed_point import Anderson, FixedPointSolver, Picard
+from .calling import in_full_precision, not_traced
+
+UNTRACEABLE = "SATLayer cannot be traced: its sweeps end when they have converged; call it outside the graph"
 
 
 @continues(sat_doc)
@@ -21,7 +24,7 @@ class SATLayer(nn.Module):
         >>> from optlayers.torch import SATLayer
         >>> layer = SATLayer(variables=2, clauses=1)
         >>> with torch.no_grad():  # the clause "not both", for columns truth, first, second
-        ...     _ = layer.S.copy_(torch.tensor([[-1.0, 1.0, 1.0]]))
+        ...     _ = layer.S.copy_(torch.tensor([[-1.0, -1.0, -1.0]]))
         >>> z = layer(torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]]))
         >>> z.detach().round().tolist()
         [[1.0, 0.0]]
@@ -51,6 +54,8 @@ class SATLayer(nn.Module):
         directions = torch.as_tensor(self.settings.directions(seed), dtype=dtype)
         self.register_buffer("directions", directions)
 
+    @not_traced(UNTRACEABLE)
+    @in_full_precision
     def solve(self, z: Tensor, is_input: Tensor) -> SATSolution:
         """As `forward`, with the vectors, status and statistics; see `SATSolution`."""
         return self.settings(ops, self.S, self.directions, z, is_input)
