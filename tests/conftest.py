@@ -46,6 +46,7 @@ COMPILED_ANEW = {
     "test_degenerate.py",
     "test_gradients.py",
     "test_outcomes.py",
+    "test_sat.py",
     "test_solvers.py",
     "test_sparse.py",
 }

@@ -164,14 +164,14 @@ class SAT:
             unit = (ops.sum(V * V, -1, keepdims=True) - 1) / 2
             return ops.where(is_free, ops.concat([stationary, unit], -1), y)
 
-        def solve(r, transposed, C, root, free):  # symmetric: transposed or not
+        def solve(_, r, C, root, free):  # J is symmetric: there is no need to know whether it is transposed
             w, residual, status = ops.leaf(adjoint, (r, C, root, free))
             if self.on_failure == "ignore":
                 return w
             flat, failed = ops.reshape(w, (w.shape[0], -1)), residual > settings.tol**0.5
             return ops.reshape(ops.reported(flat, failed, _warn_of_unsolved, status, residual), w.shape)
 
-        inverse = lambda r: masked(ops.increment(solve, r, C, root, free))
+        inverse = lambda r: masked(ops.solve_increment(conditions, root, solve, r, C, root, free))
         return vectors(attach(ops, lambda y: masked(conditions(y)), inverse, root, self.order))
 
 

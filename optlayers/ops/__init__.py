@@ -78,15 +78,11 @@ class Ops(Protocol):
     def isfinite(self, x: Array) -> Array: ...
     def sum(self, x: Array, axis: int, keepdims: bool = False) -> Array: ...
     def norm(self, x: Array) -> Array:
-<<<<<<< HEAD
         """Euclidean norm along the last axis."""
-=======
-        """Euclidean lengths along the last axis, which is kept with size one."""
         ...
 
     def multiply_add(self, x: Array, y: Array, z: Array) -> Array:
         """x + y * z, in one pass over memory."""
->>>>>>> 06dfc58 (SATLayer: a low-rank MAXSAT relaxation by coordinate sweeps, forward and adjoint)
         ...
 
     def amax(self, x: Array, axis: int, keepdims: bool = False) -> Array:
@@ -264,8 +260,9 @@ class MatrixFreeOps(Ops, Protocol):
         self,
         function: Callable[[Array], Array],
         x: Array,
-        solve: Callable[[Callable[[Array], Array], Array], Array],
+        solve: Callable[..., Array],
         r: Array,
+        *constants: Array,
     ) -> Array:
         """Zero, whose derivative in r is the inverse of J = d function / dx at the detached `x`.
 
@@ -273,7 +270,8 @@ class MatrixFreeOps(Ops, Protocol):
         nest to any order.
 
         Args:
-            solve: (J, r) to J^-1 r by any algorithm, for J or its transpose given as a function.
+            solve: (J, r, *constants) to J^-1 r by any algorithm, for J or its transpose given as a function.
+            constants: arrays that `solve` uses besides; it may close over no others.
         """
         ...
 

@@ -53,15 +53,11 @@ def sum(x, axis, keepdims=False):
 
 
 def norm(x):
-<<<<<<< HEAD
     return jnp.sqrt(jnp.sum(x * x, axis=-1))
-=======
-    return jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def multiply_add(x, y, z):
     return x + y * z
->>>>>>> 06dfc58 (SATLayer: a low-rank MAXSAT relaxation by coordinate sweeps, forward and adjoint)
 
 
 def amax(x, axis, keepdims=False):
@@ -218,10 +214,11 @@ def pullback(function, x):
     return lambda v: back(v)[0]
 
 
-def solve_increment(function, x, solve, r):
-    x = lax.stop_gradient(x)
+def solve_increment(function, x, solve, r, *constants):
+    x, constants = lax.stop_gradient(x), lax.stop_gradient(constants)
+    inverse = lambda J, r: solve(J, r, *constants)
     return lax.custom_linear_solve(
-        tangent_map(function, x), r - lax.stop_gradient(r), solve, transpose_solve=solve
+        tangent_map(function, x), r - lax.stop_gradient(r), inverse, transpose_solve=inverse
     )
 
 

@@ -78,11 +78,7 @@ def sum(x, axis, keepdims=False):
 
 
 def norm(x):
-<<<<<<< HEAD
     return torch.linalg.vector_norm(x, dim=-1)
-=======
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
->>>>>>> 06dfc58 (SATLayer: a low-rank MAXSAT relaxation by coordinate sweeps, forward and adjoint)
 
 
 def amax(x, axis, keepdims=False):
@@ -477,8 +473,8 @@ def increment(solve, r, *frozen):
     return _Increment.apply(r, solve, False, *(x.detach() for x in frozen))
 
 
-def solve_increment(function, x, solve, r):
-    x = x.detach()
+def solve_increment(function, x, solve, r, *constants):
+    x, count = x.detach(), len(constants)
     if _is_transformed():
         explicit, used = _explicit(function, x)
         applied = lambda used: lambda z: explicit(z, *used)
@@ -489,10 +485,10 @@ def solve_increment(function, x, solve, r):
             # Not in the backward pass, when the weights of modules that it closes over may be others.
             recorded.record()
 
-    def invert(r, transposed, x, *used):
-        return solve(_linear_map(applied(used), x, transposed), r)
+    def invert(r, transposed, x, *tensors):
+        return solve(_linear_map(applied(tensors[count:]), x, transposed), r, *tensors[:count])
 
-    return increment(invert, r, x, *used)
+    return increment(invert, r, x, *constants, *used)
 
 
 def take_rows(x, rows):

@@ -138,7 +138,7 @@ class Mixing:
 
         def step(p, old):
             free, stay = list(free_blocks[p]), list(-free_blocks[p] * old)
-            return lambda i, h: ops.multiply_add(stay[i], h, free[i] / ops.norm(h))
+            return lambda i, h: ops.multiply_add(stay[i], h, free[i] / ops.norm(h)[..., None])
 
         nothing = ops.full((start.shape[1] + BLOCK, 1, 1, 1), 0.0, C)
         sweep = lambda X: _sweep(ops, rows, nothing, X, step)
@@ -146,7 +146,7 @@ class Mixing:
         if self.check:
             ops.on_host(check, solution.status, solution.residual)
         g = C @ solution.z
-        multipliers = free * ops.norm(g)[..., 0]
+        multipliers = free * ops.norm(g)
         return [solution.z, multipliers, solution.residual, solution.status, solution.iterations]
 
 

@@ -10,8 +10,8 @@ from ..layers.fixed_point import FixedPointInfo
 from ..layers.ode import ODEInfo
 from ..layers.ode_adjoint import Discrete
 from ..layers.ode_continuous import Continuous
-from ..plot import plot_convergence
 from ..layers.sat import SATSolution
+from ..plot import plot_convergence
 from ..solvers.admm import ADMM
 from ..solvers.fixed_point import Anderson, Broyden, NewtonKrylov, Picard
 from ..solvers.host import OSQP, SCS, Clarabel

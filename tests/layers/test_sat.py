@@ -8,7 +8,7 @@ from checks import assert_close
 from optlayers.status import SolveError, Status
 
 VARIABLES, CLAUSES, AUX = 6, 8, 2
-TIGHT = {"tol": 1e-12, "max_iter": 20000}
+TIGHT = {"tol": 1e-12, "max_iter": 2000}
 INPUTS = np.arange(VARIABLES) < 3
 
 
@@ -20,7 +20,7 @@ def values(rng, batch=3):
 
 def solver_of(frontend, is_input=INPUTS, **options):
     """(S, z) to the `SATSolution`."""
-    options = TIGHT | options
+    options = TIGHT | {"solver": frontend.module.Anderson()} | options
     layer = frontend.module.SATLayer(VARIABLES, CLAUSES, AUX, **options)
     mask = frontend.xp.asarray(is_input)
     if frontend.name == "jax":
@@ -59,11 +59,11 @@ def semidefinite_program():
 def test_solution_and_derivatives_equal_those_of_the_semidefinite_program(rng):
     """Optimal value, all of the Gram matrix, and the derivative of its entries in S, by `CvxpyLayer`."""
     torch = pytest.importorskip("torch")
-    from optlayers.torch import CvxpyLayer, SATLayer
+    from optlayers.torch import Anderson, CvxpyLayer, SATLayer
 
     S, z, _ = values(rng, batch=2)
     S = torch.tensor(S, requires_grad=True)
-    layer = SATLayer(VARIABLES, CLAUSES, AUX, **TIGHT).double()
+    layer = SATLayer(VARIABLES, CLAUSES, AUX, solver=Anderson(), **TIGHT).double()
     layer.directions = torch.tensor(layer.settings.directions(0))
 
     layer.S = torch.nn.Parameter(S.detach())
@@ -114,7 +114,8 @@ def test_accelerated_sweeps_end_at_the_same_solution(frontend, rng):
     module = frontend.module
     results = []
     for solver in (module.Picard(), module.Anderson()):
-        results.append(gradients(frontend, S, z, cotangent, solver=solver, adjoint_solver=solver))
+        options = {"solver": solver, "adjoint_solver": solver, "tol": 1e-10}
+        results.append(gradients(frontend, S, z, cotangent, **options))
     (a, a_bars), (b, b_bars) = results
     for actual, expected in zip([a, *a_bars], [b, *b_bars], strict=True):
         assert_close(actual, expected, 1e-7)
