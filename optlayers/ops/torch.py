@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from .encoding import decode, encode
 
 sqrt, exp, log, isfinite = torch.sqrt, torch.exp, torch.log, torch.isfinite
-sin, cos, arctan2, moveaxis = torch.sin, torch.cos, torch.arctan2, torch.moveaxis
+sin, cos, arctan2, moveaxis = torch.sin, torch.cos, torch.arctan2, torch.movedim
 multiply_add = torch.addcmul
 inf, nan = torch.inf, torch.nan
 

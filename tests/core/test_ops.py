@@ -150,6 +150,24 @@ CASES = {
     "complex_number": each(lambda ops, x, y: ops.complex_number(x, y), lambda x, y: x + 1j * y, *PAIRS),
     "sum": each(lambda ops, x: ops.sum(x, axis=-1), lambda x: x.sum(-1), *MATRICES)
     + each(lambda ops, x: ops.sum(x, axis=0, keepdims=True), lambda x: x.sum(0, keepdims=True), *MATRICES),
+    **{
+        name: each(lambda ops, x, n=name: getattr(ops, n)(x), getattr(np, name), *MATRICES)
+        for name in ("sin", "cos")
+    },
+    "arctan2": each(lambda ops, y, x: ops.arctan2(y, x), np.arctan2, *PAIRS),
+    "multiply_add": each(
+        lambda ops, x, y: ops.multiply_add(x, y, 2 - x),
+        lambda x, y: x + y * (2 - x),
+        (normal(3, 4), normal(1, 4)),
+    ),
+    "moveaxis": each(
+        lambda ops, x: ops.moveaxis(x, 0, -1), lambda x: np.moveaxis(x, 0, -1), normal(2, 3, 4), normal(0, 4)
+    ),
+    "put": each(
+        lambda ops, x, y: ops.put(x + 0, 1, y),
+        lambda x, y: np.stack([x[0], y, x[2]]),
+        (normal(3, 4), normal(4)),
+    ),
     "norm": each(lambda ops, x: ops.norm(x), lambda x: np.linalg.norm(x, axis=-1), *MATRICES),
     "amax": each(lambda ops, x: ops.amax(x, axis=-1), lambda x: x.max(-1), normal(3, 4), normal(0, 4))
     + each(lambda ops, x: ops.amax(x, 0, keepdims=True), lambda x: x.max(0, keepdims=True), normal(3, 4))
