@@ -16,7 +16,6 @@ from ..solvers.admm import ADMM
 from ..solvers.fixed_point import Anderson, Broyden, NewtonKrylov, Picard
 from ..solvers.host import OSQP, SCS, Clarabel
 from ..solvers.interior_point import InteriorPoint
-from ..solvers.newton import Newton
 from ..status import SolveError, Status
 from .cvxpy import CvxpyLayer
 from .deq import DEQ
@@ -44,7 +43,6 @@ __all__ = [
     "FixedPointInfo",
     "InteriorPoint",
     "Neumann",
-    "Newton",
     "NewtonKrylov",
     "ODE",
     "ODEInfo",

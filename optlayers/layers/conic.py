@@ -98,7 +98,7 @@ class ConicSolve:
         progress = progress._replace(status=ops.where(finite, progress.status, Status.NON_FINITE.code))
         if warm:
             steps = self.solvers[0].refine
-            progress, _ = advance(ops, self.cones, problem, scaling, progress, point, steps, self.eps)
+            progress = advance(ops, self.cones, problem, scaling, progress, point, steps, self.eps)
         for solver in self.solvers:
 
             def work(data, progress, solver=solver):

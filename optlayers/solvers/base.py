@@ -95,9 +95,9 @@ def run(
         running = progress.status == RUNNING
         state = solver.step(ops, cones, problem, state)
         point = solver.point(ops, cones, problem, state)
-        progress, steps = advance(ops, cones, problem, scaling, progress, point, solver.refine, eps)
+        progress = advance(ops, cones, problem, scaling, progress, point, solver.refine, eps)
         best, status, iterations = progress
-        iterations = iterations + (solver.check_every * ops.to_int(running) if solver.max_iter else steps)
+        iterations = iterations + solver.check_every * ops.to_int(running)
         certificate = certify(ops, cones, problem, solver.direction(state))
         status = ops.where(status == RUNNING, certificate, status)
         return k + 1, state, Progress(best, status, iterations)
@@ -119,14 +119,14 @@ def advance(
     point: tuple[Array, Array],
     steps: int,
     eps: float,
-) -> tuple[Progress, Array]:
-    """Refine `point` by at most `steps` Newton steps, counted (B,); problems that it solves are SOLVED."""
+) -> Progress:
+    """Refine `point` by at most `steps` Newton steps; problems that it solves are SOLVED."""
     target, accept, _ = tolerances(ops, eps, problem.q)
     best, status, iterations = progress
     running = status == RUNNING
-    best, count = refine(ops, cones, problem, scaling, best, point, steps, target, running)
+    best = refine(ops, cones, problem, scaling, best, point, steps, target, running)
     status = ops.where(running & (best.residual <= accept), Status.SOLVED.code, status)
-    return Progress(best, status, iterations), count
+    return Progress(best, status, iterations)
 
 
 def conclude(ops: Ops, progress: Progress, eps: float) -> Progress:

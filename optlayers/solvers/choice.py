@@ -12,7 +12,6 @@ from .admm import ADMM
 from .base import Solver
 from .host import OSQP, SCS, Clarabel, Host
 from .interior_point import InteriorPoint
-from .newton import Newton
 
 NAMED = {"ADMM": ADMM, "CLARABEL": Clarabel, "DIFFCP": SCS, "OSQP": OSQP, "SCS": SCS}
 ALIASES = {
@@ -28,15 +27,16 @@ EPS = 1e-9
 def choose(cones: Cones, linear: bool, solver: Any) -> tuple[Solver, ...]:
     """The solvers to try in turn on what the earlier ones leave unfinished.
 
-    By default, from measurements on random problems of 10 to 200 variables: up to 10 active-set steps solve
-    nine of ten strictly convex quadratic programs with no more active rows than variables, each at the cost
-    of one factorisation, where ADMM needed 25 iterations and 3 such steps. The interior point takes the rest,
-    and linear programs, whose vertex ADMM rarely finds in 100 iterations and it in 10 to 15.
+    By default, from measurements on random problems of 50 to 100 variables: on a linear program ADMM rarely
+    finds the vertex in 100 iterations, the interior point in 10 to 15; on a quadratic one 25 iterations of
+    ADMM and the active-set finish solve most problems at a third of the interior point's time. Active-set
+    steps from the start, without ADMM before them, took a quarter less on projections on a simplex, the same
+    on dense programs of 100 variables, and three times as long where there are six rows to a variable.
     """
     if solver is None:
         if cones.rows:
             return (ADMM(),)
-        return (InteriorPoint(),) if linear else (Newton(), InteriorPoint())
+        return (InteriorPoint(),) if linear else (ADMM(max_iter=50), InteriorPoint())
     if isinstance(solver, str):
         if solver.upper() not in NAMED:
             raise ValueError(
@@ -45,7 +45,7 @@ def choose(cones: Cones, linear: bool, solver: Any) -> tuple[Solver, ...]:
         return (NAMED[solver.upper()](),)
     if isinstance(solver, InteriorPoint) and cones.rows:
         raise ValueError("InteriorPoint solves problems with linear constraints only; use ADMM or Clarabel")
-    if isinstance(solver, (ADMM, InteriorPoint, Newton, Host)):
+    if isinstance(solver, (ADMM, InteriorPoint, Host)):
         return (solver,)
     raise ValueError(
         f"solver must be None, one of {sorted(NAMED)}, or a record such as ADMM(), got {solver!r}"

@@ -28,8 +28,8 @@ class Point(NamedTuple):
 def evaluate(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Array, v: Array):
     """F at (x, v) and the larger of the two relative residuals in the units of the user's problem.
 
-    The unit of the primal one is the largest of b and A x, and 1 only if that is larger and b is zero; that
-    of the dual one likewise.
+    The primal one is relative to the larger of b and A x, plus 1, or plus b where that is smaller and not
+    zero: tiny data are as accurate as others. The dual one likewise, with q and A'y.
     """
     s = project(ops, cones, problem.bounds, v)
     Px, Aty, Ax = matvec(problem.P, x), matvec(problem.A.mT, s - v), matvec(problem.A, x)
@@ -71,10 +71,8 @@ def refine(
     steps: int,
     target: float,
     active: Array,
-) -> tuple[Point, Array]:
+) -> Point:
     """The better of `best` and of at most `steps` Newton iterates from `start` = (x, v), per problem.
-
-    Second, the number of steps (B,) that each problem was in need of.
 
     Args:
         target: relative residual at which a problem needs no further step.
@@ -84,8 +82,7 @@ def refine(
     floor = smallest_regularization(ops, problem.q)
 
     def body(state):
-        k, count, best, (x, v), (F, error) = state
-        count = count + ops.to_int(active & (best.residual > target))
+        k, best, (x, v), (F, error) = state
         e = ops.minimum(ops.maximum(0.01 * error, floor), 0.01)[:, None]
         factor = factorize(ops, cones, problem, v, e)
         dx, dv = solve_refined(ops, cones, problem.P, problem.A, factor, F)
@@ -93,10 +90,10 @@ def refine(
         F, error = evaluate(ops, cones, problem, scaling, x, v)
         # A problem that has reached the target stays as it is, whatever the rest of the batch still needs.
         better = active & (best.residual > target) & (error < best.residual)
-        return k + 1, count, select(ops, better, Point(x, v, error, factor), best), (x, v), (F, error)
+        return k + 1, select(ops, better, Point(x, v, error, factor), best), (x, v), (F, error)
 
     def unfinished(state):
-        k, _, best, *_ = state
+        k, best, *_ = state
         return (k < steps) & ops.any(active & (best.residual > target))
 
     F, error = evaluate(ops, cones, problem, scaling, *start)
@@ -104,7 +101,5 @@ def refine(
     better = active & (best.residual > target) & (error < best.residual)
     kept = best.factor._replace(e=ops.where(better[:, None], 1.0, best.factor.e))
     x, v, residual = select(ops, better, (*start, error), best[:3])
-    none = 0 * ops.to_int(better)
-    state = (0, none, Point(x, v, residual, kept), start, (F, error))
-    _, count, best, *_ = ops.while_loop(unfinished, body, state)
-    return best, count
+    state = (0, Point(x, v, residual, kept), start, (F, error))
+    return ops.while_loop(unfinished, body, state)[1]
