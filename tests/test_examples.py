@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = [("polytope", "torch"), ("polytope", "jax"), ("sudoku", "torch")]
+EXAMPLES = [("polytope", "torch"), ("polytope", "jax"), ("sudoku", "torch"), ("sudoku_jax", "jax")]
 
 
 def run(script, *options, launcher=()):
@@ -42,14 +43,20 @@ def check_sudoku(output):
     assert boards["pictures: ConvNet"] < 20
 
 
-CHECKS = {"polytope": check_polytope, "sudoku": check_sudoku}
+def check_sudoku_jax(output):
+    before, after = (float(row[0].rstrip("%")) for row in rows(output, width=18).values())
+    assert before < 20
+    assert after >= 95
+
+
+CHECKS = {"polytope": check_polytope, "sudoku": check_sudoku, "sudoku_jax": check_sudoku_jax}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 LAUNCHERS = {"torch": TORCHRUN, "jax": ()}
 
 
 def test_every_example_is_run():
     tested = {script for script, _ in EXAMPLES} | {f"data_parallel_{name}" for name in LAUNCHERS}
-    tested |= {"fixed_point_operator"}
+    tested |= {"fixed_point_operator", "sudoku_puzzles"}
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == tested
 
 
@@ -59,7 +66,7 @@ def test_example(script, framework, tmp_path):
     for package in (framework, "matplotlib", "mlxtend", "tqdm"):
         pytest.importorskip(package)
     picture = tmp_path / "picture.png"
-    choice = ("--framework", framework) if (script, "jax") in EXAMPLES else ()
+    choice = ("--framework", framework) if {(script, "torch"), (script, "jax")} <= {*EXAMPLES} else ()
     output = run(script, "--quick", *choice, "--output", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
     CHECKS[script](output)
@@ -88,3 +95,34 @@ def test_fixed_point_operator_equals_the_library(framework):
     assert len(table) == 5
     for name, errors in table.items():
         assert max(map(float, errors)) <= (1e-8 if "differences" in name else 1e-12), name
+
+
+def test_small_puzzles_have_one_solution(monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from sudoku_puzzles import make_data, solution_grids
+
+    rng = np.random.default_rng(0)
+    grids = solution_grids(4, 1000, rng)
+    assert len(np.unique(grids, axis=0)) == 288  # the number of Sudoku grids of 4x4
+    train, test = make_data(4, 7, (216, 72), (50, 50), rng)
+    assert not {*map(tuple, train.solutions)} & {*map(tuple, test.solutions)}
+    for board, solution in zip(*train, strict=True):
+        assert np.count_nonzero(board) == 7
+        (only,) = grids[np.all((grids == board) | (board == 0), axis=-1)]
+        assert np.array_equal(only, solution)
+
+
+def test_large_puzzles_have_one_solution(monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from sudoku_puzzles import make_data, solutions
+
+    for boards, grids in make_data(9, 36, (2, 1), (6, 2), np.random.default_rng(0)):
+        for board, grid in zip(boards, grids, strict=True):
+            assert np.count_nonzero(board) == 36
+            assert solutions(board, limit=2) == [grid.tolist()]
+            square = grid.reshape(9, 9)
+            boxes = square.reshape(3, 3, 3, 3).swapaxes(1, 2).reshape(9, 9)
+            for lines in (square, square.T, boxes):
+                assert np.array_equal(np.sort(lines), np.tile(np.arange(1, 10), (9, 1)))
