@@ -102,7 +102,7 @@ class CvxpyLayer:
             return run_checked(self._compiled, program.layer(solver_args), values, warm, like)
         except SolveError as error:
             for value, parameter in zip(values, program.parameters, strict=True):
-                if not np.isfinite(value).all():
+                if not isinstance(value, jax.core.Tracer) and not np.isfinite(value).all():
                     error.add_note(f"parameter {name(parameter)} contains NaN or infinity")
             raise
 

@@ -70,7 +70,7 @@ class ConicSolve:
 
     @property
     def input_ndims(self) -> tuple[int, ...]:
-        return (2, 1, 2, 1, 1, 1, 1, 1, 1)
+        return (*Problem.ndims, 1, 1, 1)
 
     def output_shapes(self, inputs):
         batch = max((s[0] for s, k in zip(inputs, self.input_ndims, strict=False) if len(s) > k), default=1)
@@ -105,7 +105,7 @@ class ConicSolve:
                 problem, scaling = Problem(*data[:6]), Scaling(*data[6:])
                 return run(ops, solver, self.cones, problem, scaling, progress, self.eps)
 
-            data, ndims = (*problem, *scaling), (*self.input_ndims[:6], 1, 1, 1)
+            data, ndims = (*problem, *scaling), (*Problem.ndims, *Scaling.ndims)
             progress = ops.on_rows(progress.status == RUNNING, work, data, ndims, progress)
         best, status, iterations = conclude(ops, progress, self.eps)
         if self.check:
@@ -135,7 +135,7 @@ def _repair(ops: Ops, factor: Factor, failed: Array) -> Factor:
 def _replace_non_finite(ops: Ops, problem: Problem) -> tuple[Problem, Array]:
     """The problem with zeros for NaN and infinity, and which problems (B,) had none."""
     finite = ops.full((problem.q.shape[0],), 1.0, problem.q) > 0
-    for data, axes in zip(problem, (2, 1, 2, 1, 1, 1), strict=True):
+    for data, axes in zip(problem, Problem.ndims, strict=True):
         # Bounds may be infinite; NaN differs from itself.
         ok = data == data if data is problem.l or data is problem.u else ops.isfinite(data)
         for _ in range(axes):
@@ -181,6 +181,10 @@ class ConicLayer:
         x, s, y = (ops.where(failed, ops.nan, z) for z in solution[:3])
         return solution._replace(x=x, s=s, y=y)
 
+    def is_derived(self, status: Array) -> Array:
+        """Which solutions (B,) have derivatives; the others have zeros."""
+        return status == status if self.on_failure == "ignore" else is_usable(status)
+
     def _derive(self, ops: Ops, data: Problem, warm: Sequence[Array]) -> ConicSolution:
         if self.gradient is None:
             return _differentiable(ops, self, data, warm)
@@ -202,9 +206,9 @@ def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[A
     )
     P, q, A, b, l, u = _without(ops, status == Status.NON_FINITE.code, data)
     linearization = unflatten(cones, flat)
-    usable = is_usable(status)[:, None]
+    derived = layer.is_derived(status)[:, None]
     regularity = Regularity(x_unique > 0, y_unique > 0)
-    singular = usable[:, 0] & ~(regularity.x & regularity.y)
+    singular = is_usable(status) & ~(regularity.x & regularity.y)
     q, b, l, u = (z[None] if z.ndim == 1 else z for z in (q, b, l, u))
     bounds = tuple(E[:, : bound.shape[-1]] * bound for bound in (l, u))
 
@@ -226,7 +230,7 @@ def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[A
         x, s, y = unscale(z)
         F1 = c * D * (matvec(P, x) + q + matvec(A.mT, y))
         F = ops.concat([F1, E * (matvec(A, x) + s - b)], -1)
-        return F if layer.on_failure == "ignore" else ops.where(usable, F, 0.0)
+        return ops.where(derived, F, 0.0)
 
     z = attach(ops, residual, inverse, ops.concat([x, v], -1), order)
     return ConicSolution(*unscale(z), status, iterations, error, regularity)
@@ -240,7 +244,7 @@ def _without(ops: Ops, bad: Array, data: Problem) -> Problem:
 
     def clean(data):
         parts = []
-        for z, own in zip(data, (2, 1, 2, 1, 1, 1), strict=True):
+        for z, own in zip(data, Problem.ndims, strict=True):
             keep = z == z if own == 1 and z.shape[-1] == data[4].shape[-1] else ops.isfinite(z)
             if z.ndim > own:
                 keep = ~ops.reshape(bad, (-1,) + (1,) * own)

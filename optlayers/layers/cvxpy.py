@@ -22,6 +22,7 @@ from ..ops import Array, Ops
 from ..status import batch_axes
 from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restore_array, restore_batch
 from .direct import curved_part, polyhedral_bounds
+from .elimination import eliminate, elimination
 
 
 class _Terms(NamedTuple):
@@ -213,6 +214,7 @@ class CvxpyProgram:
         start = time.perf_counter()
         self.parameters, self.variables = tuple(parameters), tuple(variables)
         self.program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
+        self.elimination = elimination(self.program)
         self.solver_args = dict(solver_args or {})
         self._choices = dict(choices)
         self._layer = self._configured({})
@@ -246,8 +248,12 @@ class CvxpyProgram:
             flat.append(ops.widest(ops.reshape(value, (*value.shape[: value.ndim - own.ndim], own.size))))
         data = evaluate(ops, self, flat, ops.widest(like))
         warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+        if self.elimination is not None:
+            data, warm, restore = eliminate(ops, self.elimination, data, warm)
         with batch_axes(lead):
             solution = layer(ops, data, *warm)
+        if self.elimination is not None:
+            solution = restore(solution, layer.is_derived(solution.status))
         variables = (read(ops, output, solution) for output in self.program.outputs)
         variables = tuple(restore_array(ops, x, lead, like) for x in variables)
         return Solution(variables, *restore_batch(ops, solution, lead, like))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from ..cones import Cones
 from ..ops import Array, Ops
-from .rows import linearize, spectral
+from .rows import linearize, spectral, spectral_gram
 
 
 class Problem(NamedTuple):
@@ -38,6 +38,8 @@ class Problem(NamedTuple):
     b: Array
     l: Array
     u: Array
+
+    ndims = 2, 1, 2, 1, 1, 1  # without a batch axis
 
     @property
     def bounds(self) -> tuple[Array, Array]:
@@ -97,9 +99,8 @@ def factorize(ops: Ops, cones: Cones, problem: Problem, v: Array, e: Array) -> F
 
 def factorize_at(ops: Ops, cones: Cones, problem: Problem, linearization: Any, e: Array) -> Factor:
     """As `factorize`, for given spectral data of D."""
-    weight = lambda d: ops.sqrt((1 - d) / (d + e))
-    half = spectral(ops, cones, linearization, weight, problem.A, columns=True)
-    H = batched(problem.P) + e[..., None] * batched(ops.eye(problem.P.shape[-1], e)) + half.mT @ half
+    AtTA = spectral_gram(ops, cones, linearization, lambda d: (1 - d) / (d + e), problem.A)
+    H = batched(problem.P) + e[..., None] * batched(ops.eye(problem.P.shape[-1], e)) + AtTA
     return Factor(ops.cholesky(H), linearization, e)
 
 

@@ -59,21 +59,36 @@ def unflatten(cones: Cones, arrays: list[Array]) -> Linearization:
     return Linearization(arrays[0], arrays[1], curved.unflatten(cones, arrays[2:]))
 
 
-def spectral(
-    ops: Ops, cones: Cones, lin: Linearization, g: Callable[[Array], Array], u: Array, columns: bool = False
-) -> Array:
-    """g(D) u for u (B, m); with `columns` for a matrix u (B, m, k) or (m, k)."""
+def spectral(ops: Ops, cones: Cones, lin: Linearization, g: Callable[[Array], Array], u: Array) -> Array:
+    """g(D) u for u (B, m)."""
     k = lin.free.shape[-1]
-    weights = g(lin.free)
-    if not columns:
-        if not cones.rows:
-            return weights * u
-        return ops.concat([weights * u[:, :k], curved.spectral(ops, cones, lin.cones, g, u[:, k:])], -1)
-    u = u[None] if u.ndim == 2 else u
-    head = weights[..., None] * u[..., :k, :]
+    head = g(lin.free) * u[:, :k]
     if not cones.rows:
         return head
-    return ops.concat([head, curved.spectral(ops, cones, lin.cones, g, u[..., k:, :], columns=True)], -2)
+    return ops.concat([head, curved.spectral(ops, cones, lin.cones, g, u[:, k:])], -1)
+
+
+def gram(ops: Ops, A: Array, weights: Array) -> Array:
+    """A' diag(weights) A (B, n, n) for A (m, n) or (B, m, n) and weights (B, m)."""
+    m, n = A.shape[-2:]
+    if A.ndim == 3:
+        return A.mT @ (weights[..., None] * A)
+    if n > weights.shape[0]:
+        return A.mT @ (weights[..., None] * A[None])
+    # One product for the whole batch, with less memory than A weighted for each problem.
+    products = ops.reshape(A[:, :, None] * A[:, None, :], (m, n * n))
+    return ops.reshape(weights @ products, (weights.shape[0], n, n))
+
+
+def spectral_gram(ops: Ops, cones: Cones, lin: Linearization, g: Callable[[Array], Array], A: Array) -> Array:
+    """A' g(D) A (B, n, n), for g >= 0."""
+    k = lin.free.shape[-1]
+    head = gram(ops, A[..., :k, :], g(lin.free))
+    if not cones.rows:
+        return head
+    tail = A[..., k:, :] if A.ndim == 3 else A[None, k:, :]
+    half = curved.spectral(ops, cones, lin.cones, lambda d: ops.sqrt(g(d)), tail, columns=True)
+    return head + half.mT @ half
 
 
 def project_linearized(

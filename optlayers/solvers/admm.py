@@ -3,31 +3,42 @@
 The split variables of  A x + s = b, s in K  are (x, s) and the constraint y = R (s - w) in terms of one
 state w, since s = Pi_K(w) (Moreau). With relaxation alpha one iteration is
 
-    x_tilde = (P + sigma I + A' R A)^-1 (sigma x - q + A' (R (b - s) - y))
-    s_tilde = b - A x_tilde
-    x, h    = alpha (x_tilde, s_tilde) + (1 - alpha) (x, s)
-    w       = h - y / R
+    x = (P + sigma I + A' R A)^-1 (sigma x_0 - q + A' (R (b - s) - y))
+    w = w + alpha (b - A x - s)
 
+where y = R (s - w) and the proximal centre x_0 is the x of the last check.
 The penalty R = rho * (1000 on equality rows, 1 elsewhere) adapts for each problem by itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..cones import Cones
 from ..linalg.kkt import Problem, batched, matvec, norm
-from ..linalg.rows import project
+from ..linalg.rows import gram, project
 from ..ops import Array, Ops
 from .base import Direction
+
+
+class _Factor(NamedTuple):
+    """(P + sigma I + A' R A)^-1 = V (1 + rho values)^-1 V'.
+
+    values (1, n), V (B, n, n) and U = A V (B, m, n). V is shared by the batch where P, A and
+    the ratios of the penalties are: it diagonalises for every rho. Else the values are zero.
+    """
+
+    values: Array
+    V: Array
+    U: Array
 
 
 class _AdmmState(NamedTuple):
     x: Array  # (B, n)
     w: Array  # (B, m)
     rho: Array  # (B, 1)
-    factor: Any
+    factor: _Factor
     dx: Array  # last increments, from which infeasibility is certified
     dy: Array
 
@@ -64,20 +75,20 @@ class ADMM:
     def step(self, ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> _AdmmState:
         """`check_every` iterations, after adapting the penalty."""
         state = self._adapt(ops, cones, problem, state)
-        R = self._penalties(ops, problem, state.rho)
+        R, (values, V, U) = self._penalties(ops, problem, state.rho), state.factor
+        inverse = 1 / (1 + state.rho * values)
+        center = matvec(V.mT, self.sigma * state.x - problem.q)
 
         def iterate(carry):
-            x, w = carry[:2]
+            w, _ = carry
             s = project(ops, cones, problem.bounds, w)
-            rhs = self.sigma * x - problem.q + matvec(problem.A.mT, R * (problem.b - 2 * s + w))
-            x_tilde = self._solve(ops, state.factor, state.rho, rhs)
-            s_tilde = problem.b - matvec(problem.A, x_tilde)
-            x_new = self.alpha * x_tilde + (1 - self.alpha) * x
-            return x_new, w + self.alpha * (s_tilde - s), x, w
+            xi = inverse * (center + matvec(U.mT, R * (problem.b - 2 * s + w)))
+            return w + self.alpha * (problem.b - matvec(U, xi) - s), xi
 
-        x, w, x_old, w_old = ops.repeat(self.check_every, iterate, (state.x, state.w, state.x, state.w))
-        y, y_old = (R * (project(ops, cones, problem.bounds, w) - w) for w in (w, w_old))
-        return state._replace(x=x, w=w, dx=x - x_old, dy=y - y_old)
+        w, xi = ops.repeat(self.check_every, iterate, (state.w, center))
+        x = matvec(V, xi)
+        y, y_old = (R * (project(ops, cones, problem.bounds, w) - w) for w in (w, state.w))
+        return state._replace(x=x, w=w, dx=x - state.x, dy=y - y_old)
 
     def point(self, ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> tuple[Array, Array]:
         s = project(ops, cones, problem.bounds, state.w)
@@ -117,29 +128,23 @@ class ADMM:
         # The penalty of a row depends on its bounds, so these must be shared as well.
         return problem.P.ndim == 2 and problem.A.ndim == 2 and problem.l.shape[0] == 1
 
-    def _factorize(self, ops: Ops, cones: Cones, problem: Problem, rho: Array) -> Any:
-        """Cholesky factors (B, n, n); for P and A shared, one simultaneous diagonalisation for every rho.
+    def _factorize(self, ops: Ops, cones: Cones, problem: Problem, rho: Array) -> _Factor:
+        """With L L' = P + sigma I + A'RA, V = L^-T.
 
-        With P + sigma I = L L' and L^-1 A'R_1 A L^-T = Q Lambda Q' (R = rho R_1), V = L^-T Q gives
-        (P + sigma I + A'RA)^-1 = V (1 + rho Lambda)^-1 V'.
+        Shared, L L' = P + sigma I, L^-1 A'R_1 A L^-T = Q Lambda Q' (R = rho R_1) and V = L^-T Q.
         """
-        identity = ops.eye(problem.P.shape[-1], rho)
-        shifted = problem.P + self.sigma * (identity if problem.P.ndim == 2 else identity[None])
-        if self._is_shared(problem):
-            R = self._penalties(ops, problem, ops.full((1, 1), 1.0, rho))[0]
-            inverse = ops.inverse_triangular(ops.cholesky(shifted))
-            half = problem.A @ inverse.mT
-            values, Q = ops.eigh(half.mT @ (R[:, None] * half))
-            return values, inverse.mT @ Q
-        R = self._penalties(ops, problem, rho)
-        A = batched(problem.A)
-        return (ops.cholesky(batched(shifted) + A.mT @ (R[..., None] * A)),)
-
-    def _solve(self, ops: Ops, factor: Any, rho: Array, rhs: Array) -> Array:
-        if len(factor) == 1:
-            return ops.cholesky_solve(factor[0], rhs[..., None])[..., 0]
-        values, V = factor
-        return ((rhs @ V) / (1 + rho * values[None])) @ V.mT
+        n, is_shared = problem.P.shape[-1], self._is_shared(problem)
+        matrix = problem.P + self.sigma * (ops.eye(n, rho) if problem.P.ndim == 2 else ops.eye(n, rho)[None])
+        R = self._penalties(ops, problem, ops.full((1, 1), 1.0, rho) if is_shared else rho)
+        if not is_shared:
+            matrix = batched(matrix) + gram(ops, problem.A, R)
+        V = ops.inverse_triangular(ops.cholesky(matrix)).mT
+        if is_shared:
+            half = problem.A @ V
+            values, Q = ops.eigh(half.mT @ (R[0][:, None] * half))
+            V = V @ Q
+            return _Factor(values[None], V, problem.A @ V)
+        return _Factor(ops.full((1, n), 0.0, rho), V, batched(problem.A) @ V)
 
 
 def sum_of_norms(ops: Ops, arrays) -> Array:

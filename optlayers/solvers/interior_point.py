@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from ..cones import Cones
 from ..linalg.kkt import Problem, batched, matvec
+from ..linalg.rows import gram
 from ..ops import Array, Ops, select
 from .base import Direction
 
@@ -250,9 +251,9 @@ def _residual(ops: Ops, state: _State) -> Array:
 def _factorize(ops: Ops, problem: Problem, sides: _Sides, state: _State) -> _System:
     opposing = ops.where(sides.open > 0, state.t + state.delta * state.z, state.delta)
     weights = ops.where(sides.open > 0, state.z, sides.equal) / opposing
-    W, rho = _gather(weights, 1)[..., None], (state.rho * state.boost)[..., None]
-    P, A, identity = (batched(M) for M in (problem.P, problem.A, ops.eye(state.x.shape[-1], state.x)))
-    cholesky = ops.cholesky(sides.cost[..., None] * P + rho * identity + A.mT @ (W * A))
+    W, rho = _gather(weights, 1), (state.rho * state.boost)[..., None]
+    P, identity = (batched(M) for M in (problem.P, ops.eye(state.x.shape[-1], state.x)))
+    cholesky = ops.cholesky(sides.cost[..., None] * P + rho * identity + gram(ops, problem.A, W))
     return _System(cholesky, rho, weights[:, None])
 
 

@@ -80,26 +80,34 @@ def refine(
             target, iteration stops.
     """
     floor = smallest_regularization(ops, problem.q)
+    needs_step = lambda best: active & (best.residual > target)
 
-    def body(state):
-        k, best, (x, v), (F, error) = state
-        e = ops.minimum(ops.maximum(0.01 * error, floor), 0.01)[:, None]
-        factor = factorize(ops, cones, problem, v, e)
+    def step(data, state):
+        best, needed, (x, v), (F, error) = state
+        problem, scaling = Problem(*data[:6]), Scaling(*data[6:])
+        # Between bounds F is linear: a step on the right active set is exact but for the regularisation. On
+        # curved cones a step from far away with little of it goes astray.
+        e = ops.maximum(0.01 * error, floor) if cones.rows else ops.full(error.shape, floor, error)
+        factor = factorize(ops, cones, problem, v, ops.minimum(e, 0.01)[:, None])
         dx, dv = solve_refined(ops, cones, problem.P, problem.A, factor, F)
         x, v = x + dx, v + dv
         F, error = evaluate(ops, cones, problem, scaling, x, v)
         # A problem that has reached the target stays as it is, whatever the rest of the batch still needs.
-        better = active & (best.residual > target) & (error < best.residual)
-        return k + 1, select(ops, better, Point(x, v, error, factor), best), (x, v), (F, error)
+        better = needed & (error < best.residual)
+        best = select(ops, better, Point(x, v, error, factor), best)
+        return best, needed & (best.residual > target), (x, v), (F, error)
 
-    def unfinished(state):
-        k, best, *_ = state
-        return (k < steps) & ops.any(active & (best.residual > target))
+    def body(carry):
+        k, state = carry
+        data = *problem, *scaling
+        return k + 1, ops.on_rows(state[1], step, data, (*Problem.ndims, *Scaling.ndims), state)
 
     F, error = evaluate(ops, cones, problem, scaling, *start)
-    # The start itself may be the best; e = 1 says that the factor kept is not one of this point.
-    better = active & (best.residual > target) & (error < best.residual)
+    # The factor kept is none of this point; e = 1 says so, where it counts (`linalg.sensitivity.prepare`).
+    better = needs_step(best) & (error < best.residual)
     kept = best.factor._replace(e=ops.where(better[:, None], 1.0, best.factor.e))
     x, v, residual = select(ops, better, (*start, error), best[:3])
-    state = (0, Point(x, v, residual, kept), start, (F, error))
-    return ops.while_loop(unfinished, body, state)[1]
+    best = Point(x, v, residual, kept)
+    state = best, needs_step(best), start, (F, error)
+    unfinished = lambda carry: (carry[0] < steps) & ops.any(carry[1][1])
+    return ops.while_loop(unfinished, body, (0, state))[1][0]

@@ -24,6 +24,8 @@ class Scaling(NamedTuple):
     E: Array
     c: Array
 
+    ndims = 1, 1, 1  # without a batch axis
+
 
 def equilibrate(
     ops: Ops, cones: Cones, problem: Problem, passes: int, linear: bool

@@ -105,6 +105,16 @@ def inactive_norm():
     )
 
 
+def implied_rows():
+    """Beside x_1 + x_2 = 1 one row is always active, and one never: of neither is anything left to solve."""
+    p, x = cp.Parameter(2), cp.Variable(2)
+    total = cp.sum(x)
+    constraints, jacobian = [total == 1, total / 3 <= 1 / 3, total <= 5], np.array([[0.5, -0.5], [-0.5, 0.5]])
+    return Degenerate(
+        constraints, cp.sum_squares(x - p), [p], x, [[2, 0.5]], [1.25, -0.25], [jacobian], True, False
+    )
+
+
 def no_rows():
     """A parameter without entries."""
     p, A, x = cp.Parameter(2), cp.Parameter((0, 2)), cp.Variable(2)
@@ -125,7 +135,7 @@ def empty_sum():
 CASES = (
     *(redundant_rows, rank_deficient_equalities, edge_of_solutions, degenerate_vertex, weakly_active),
     *(apex, apex_on_the_threshold, perfect_fit, repeated_eigenvalue, flat_objective, inactive_norm),
-    *(no_rows, empty_sum),
+    *(implied_rows, no_rows, empty_sum),
 )
 
 

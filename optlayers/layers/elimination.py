@@ -1,0 +1,128 @@
+"""Elimination of the equalities A_E x = b_E whose coefficients do not depend on parameters.
+
+With N an orthonormal basis of the null space of A_E and x_0 = A_E^+ b_E, every solution is x = N z + x_0, and
+the program in z has fewer variables and rows, and a better condition:
+
+    P_z = N'PN,    q_z = N'(P x_0 + q),    A_z = A_I N,    b_z = b_I - A_I x_0
+
+Multipliers follow from stationarity, y_E = -(A_E^+)'(P x + q + A_I'y_I) + W w. The columns of W span the left
+null space of A_E: where its rows are dependent, W'b_E = 0 stays as rows of zeros, with multipliers w. All is
+written in operations that have derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+
+from ..canon.program import Program
+from ..linalg.kkt import Problem, matvec
+from ..ops import Array, Ops
+from .conic import ConicSolution
+
+
+@dataclass(frozen=True, eq=False)
+class Elimination:
+    """What the elimination of some rows takes.
+
+    Attributes:
+        rows, kept: the eliminated rows E and the others, m numbers in all.
+        basis: N (n, n_z).
+        inverse: A_E^+ (n, m_E).
+        dependent: W (m_E, m_E - rank).
+    """
+
+    rows: np.ndarray
+    kept: np.ndarray
+    basis: np.ndarray
+    inverse: np.ndarray
+    dependent: np.ndarray
+
+
+def elimination(program: Program) -> Elimination | None:
+    """The elimination of the constant rows of the zero cone; None if there are none, or all is fixed."""
+    m, n = program.A.shape
+    row, column = np.divmod(program.A.positions, n)
+    is_constant = np.arange(m) < program.cones.zero
+    is_constant[row[program.A.rows]] = False
+    rows = np.flatnonzero(is_constant)
+    dense = np.zeros((m, n))
+    dense[row, column] = program.A.constant
+    A = dense[rows]
+    size = np.linalg.norm(A, axis=1, keepdims=True)
+    size[size == 0] = 1.0
+    U, singular, Vt = scipy.linalg.svd(A / size)
+    rank = int(np.sum(singular > max(A.shape) * np.finfo(float).eps * singular.max(initial=0.0)))
+    if rank == 0 or rank == n:
+        return None
+    inverse = (Vt[:rank].T / singular[:rank]) @ U[:, :rank].T / size.T
+    return Elimination(rows, np.flatnonzero(~is_constant), Vt[rank:].T, inverse, U[:, rank:] / size)
+
+
+def eliminate(
+    ops: Ops, plan: Elimination, data: Problem, warm: Sequence[Array]
+) -> tuple[Problem, list[Array], Callable[[ConicSolution, Array], ConicSolution]]:
+    """The program in z, an earlier (x, s, y) in its terms, and the way back from its solution.
+
+    The data have one batch axis or none, as in `ConicLayer`. The way back takes the solution and which rows
+    of the batch (B,) have derivatives.
+    """
+    P, q, A, b, l, u = data
+    N, inverse, W = (ops.constant(M, q) for M in (plan.basis, plan.inverse, plan.dependent))
+    zeros = lambda *shape: ops.full(shape, 0.0, q)
+    pick = lambda M, rows, axis=-1: ops.take(M, ops.constant(rows, q), axis)
+    own = lambda vector: vector[None] if vector.ndim == 1 else vector
+    b_E, b_I, A_I = own(pick(b, plan.rows)), own(pick(b, plan.kept)), pick(A, plan.kept, -2)
+    # NaN is told by q_z; as a factor it would reach the derivatives of what the batch shares.
+    finite = ops.isfinite(b_E)
+    b_E = ops.where(finite, b_E, 0.0)
+    x_0 = b_E @ inverse.mT
+    gradient, shift = own(q) + matvec(P, x_0), matvec(A_I, x_0)
+    q_z = _exact(ops, gradient @ N, _size(ops, own(q)) + _size(ops, gradient))
+    q_z = ops.where(ops.all(finite, -1)[:, None], q_z, ops.nan)
+    b_z = _exact(ops, b_I - shift, abs(b_I) + abs(shift))
+    A_z = _exact(ops, A_I @ N, _size(ops, A_I))
+    P_z = _exact(ops, N.mT @ (P @ N), ops.amax(_size(ops, P), -2, keepdims=True))
+    bounds = [pick(bound, plan.kept[plan.kept < bound.shape[-1]]) for bound in (l, u)]
+    k = W.shape[-1]
+    if k:
+        b_W = _exact(ops, b_E @ W, _size(ops, b_E) * _size(ops, W.mT).mT)
+        batch = max(b_W.shape[0], b_z.shape[0])
+        b_z = ops.concat([ops.broadcast_to(part, (batch, part.shape[-1])) for part in (b_W, b_z)], -1)
+        A_z = ops.concat([zeros(*A_z.shape[:-2], k, N.shape[-1]), A_z], -2)
+        bounds = [ops.concat([zeros(k), bound], -1) for bound in bounds]
+    if b.ndim == 1:
+        b_z = b_z[0] if A.ndim == 2 else b_z
+        q_z = q_z[0] if q.ndim == 1 and P.ndim == 2 else q_z
+    reduced = Problem(P_z, q_z, A_z, b_z, *bounds)
+
+    def restore(solution: ConicSolution, derived: Array) -> ConicSolution:
+        mask = lambda value: ops.where(derived[:, None], value, ops.stop_gradient(value))
+        w, y = solution.y[:, :k], solution.y[:, k:]
+        x = solution.x @ N.mT + mask(0 * solution.x[:, :1] + x_0)
+        y_E = mask(w @ W.mT - (matvec(P, x) + own(q) + matvec(A_I.mT, y)) @ inverse)
+        order = ops.constant(np.argsort(np.concatenate([plan.rows, plan.kept])), q)
+        s, y = (ops.take(ops.concat(parts, -1), order) for parts in ((0 * y_E, solution.s[:, k:]), (y_E, y)))
+        return solution._replace(x=x, s=s, y=y)
+
+    if warm:
+        x, s, y = warm
+        s, y = (ops.concat([zeros(*z.shape[:-1], k), pick(z, plan.kept)], -1) for z in (s, y))
+        warm = [x @ N, s, y]
+    return reduced, list(warm), restore
+
+
+def _size(ops: Ops, x: Array) -> Array:
+    return ops.amax(abs(x), -1, keepdims=True)
+
+
+def _exact(ops: Ops, x: Array, size: Array) -> Array:
+    """`x` and its derivatives, with zeros where its value is the rounding of a sum of terms of this size.
+
+    Of what an equality fixes nothing may be left: equilibration would enlarge it.
+    """
+    rounding = abs(x) <= 16 * ops.eps(x) * size
+    return x - ops.stop_gradient(ops.where(rounding, x, 0.0))
