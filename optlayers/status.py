@@ -26,6 +26,10 @@ class Status(Enum):
         "iteration limit reached before convergence; raise `max_iter`, scale the data, or try another solver"
     )
     NON_FINITE = "the data contain NaN or infinity"
+    NON_CONVEX = (
+        "not convex: P has a negative eigenvalue, and what satisfies the optimality conditions need not be "
+        "a minimum; make P positive semidefinite, as L @ L.mT"
+    )
     STEP_LIMIT = (
         "step limit reached before the last time; raise `max_steps`, loosen `rtol` and `atol`, or take an "
         "implicit method if the equation is stiff"

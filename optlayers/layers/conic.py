@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..cones import Cones
 from ..implicit import attach
-from ..linalg.kkt import Factor, Problem, Scaled, factorize, matvec
+from ..linalg.kkt import Factor, Problem, Scaled, batched, factorize, matvec
 from ..linalg.rows import flatten, project_linearized, shapes, unflatten
 from ..linalg.sensitivity import Regularity, prepare, solve_sensitivity
 from ..ops import Array, Ops, select
@@ -95,7 +95,10 @@ class ConicSolve:
         else:
             point = 0 * problem.q, 0 * problem.b
         progress = start(ops, self.cones, problem, scaling, *point)
-        progress = progress._replace(status=ops.where(finite, progress.status, Status.NON_FINITE.code))
+        status = ops.where(finite, progress.status, Status.NON_FINITE.code)
+        if not self.linear:
+            status = ops.where(_is_convex(ops, problem.P) | ~finite, status, Status.NON_CONVEX.code)
+        progress = progress._replace(status=status)
         if warm:
             steps = self.solvers[0].refine
             progress = advance(ops, self.cones, problem, scaling, progress, point, steps, self.eps)
@@ -130,6 +133,15 @@ def _repair(ops: Ops, factor: Factor, failed: Array) -> Factor:
     repair = lambda cholesky: select(ops, failed, identity, cholesky)
     cholesky = ops.cond(ops.any(failed), repair, lambda cholesky: cholesky, factor.cholesky)
     return factor._replace(cholesky=cholesky)
+
+
+def _is_convex(ops: Ops, P: Array) -> Array:
+    """Whether each P is positive semidefinite, up to the rounding of data computed in float32."""
+    P = batched(P)
+    size = ops.amax(ops.amax(abs(P), -1), -1)[:, None, None]
+    shift = max(1e-6, ops.eps(P) ** 0.5) * ops.where(size > 0, size, 1.0)
+    cholesky = ops.cholesky(P + shift * batched(ops.eye(P.shape[-1], P)))
+    return ops.all(ops.all(ops.isfinite(cholesky), -1), -1)
 
 
 def _replace_non_finite(ops: Ops, problem: Problem) -> tuple[Problem, Array]:

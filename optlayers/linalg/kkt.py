@@ -73,9 +73,11 @@ class Scaled(NamedTuple):
 
 
 def matvec(matrix: Array | Scaled, x: Array) -> Array:
-    """Product of a shared (k, n) or batched (B, k, n) matrix with vectors x (B, n)."""
+    """Product of a shared (k, n) or (1, k, n), or batched (B, k, n), matrix with vectors x (B, n)."""
     if isinstance(matrix, Scaled):
         return matrix.left * matvec(matrix.matrix, matrix.right * x)
+    if matrix.ndim == 3 and matrix.shape[0] == 1:
+        matrix = matrix[0]
     if matrix.ndim == 2:
         return x @ matrix.mT  # one GEMM for the whole batch
     # As a row vector from the left: torch is 4 times slower on (matrix @ x[..., None]).

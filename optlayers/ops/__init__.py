@@ -150,7 +150,9 @@ class Ops(Protocol):
         ndims: Sequence[int],
         state: Any,
     ) -> Any:
-        """`function(data, state)` if any of the `mask` (B,) holds, else `state`, a tree of arrays (B, ...).
+        """`function(data, state)` if any of the `mask` (B,) holds, else `state`.
+
+        The state is a tree of arrays (B, ...), or (1, ...) for what the batch shares.
 
         The function treats rows by themselves and leaves those outside the mask alone, which may be left out.
 

@@ -196,8 +196,9 @@ def on_rows(mask, function, data, ndims, state):
         return function(data, state)
     is_batched = [x.ndim > own and len(x) == len(mask) for x, own in zip(data, ndims, strict=True)]
     part = [x[rows] if batched else x for x, batched in zip(data, is_batched, strict=True)]
-    result = function(part, torch.utils._pytree.tree_map(lambda x: x[rows], state))
-    put = lambda old, new: torch.index_copy(old, 0, rows, new)
+    take = lambda x: x[rows] if len(x) == len(mask) else x
+    result = function(part, torch.utils._pytree.tree_map(take, state))
+    put = lambda old, new: torch.index_copy(old, 0, rows, new) if len(old) == len(mask) else new
     return torch.utils._pytree.tree_map(put, state, result)
 
 

@@ -25,8 +25,8 @@ from .base import Direction
 class _Factor(NamedTuple):
     """(P + sigma I + A' R A)^-1 = V (1 + rho values)^-1 V'.
 
-    values (1, n), V (B, n, n) and U = A V (B, m, n). V is shared by the batch where P, A and
-    the ratios of the penalties are: it diagonalises for every rho. Else the values are zero.
+    values (1, n), V (B, n, n) and U = A V (B, m, n), of which the batch shares one where it shares P, A and
+    the ratios of the penalties: V then diagonalises for every rho. Else the values are zero.
     """
 
     values: Array
@@ -143,7 +143,7 @@ class ADMM:
             half = problem.A @ V
             values, Q = ops.eigh(half.mT @ (R[0][:, None] * half))
             V = V @ Q
-            return _Factor(values[None], V, problem.A @ V)
+            return _Factor(values[None], V[None], (problem.A @ V)[None])
         return _Factor(ops.full((1, n), 0.0, rho), V, batched(problem.A) @ V)
 
 

@@ -7,6 +7,8 @@ A solver is an immutable record with
     step(ops, cones, problem, state) -> state       `check_every` iterations on the whole batch
     point(ops, cones, problem, state) -> (x, v)     the current primal-dual point
     direction(state) -> Direction                   a proof that there is no solution, in the limit
+
+The state is a tree of arrays (B, ...), or (1, ...) for what the batch shares.
 """
 
 from __future__ import annotations
@@ -90,8 +92,9 @@ def run(
 ) -> Progress:
     """Work on the problems that are still RUNNING until all are decided or `solver.max_iter` is spent."""
 
-    def body(carry):
-        k, state, progress = carry
+    def chunk(data, carry):
+        problem, scaling = Problem(*data[:6]), Scaling(*data[6:])
+        state, progress = carry
         running = progress.status == RUNNING
         state = solver.step(ops, cones, problem, state)
         point = solver.point(ops, cones, problem, state)
@@ -100,7 +103,12 @@ def run(
         iterations = iterations + solver.check_every * ops.to_int(running)
         certificate = certify(ops, cones, problem, solver.direction(state))
         status = ops.where(status == RUNNING, certificate, status)
-        return k + 1, state, Progress(best, status, iterations)
+        return state, Progress(best, status, iterations)
+
+    def body(carry):
+        k, state, progress = carry
+        data, ndims = (*problem, *scaling), (*Problem.ndims, *Scaling.ndims)
+        return k + 1, *ops.on_rows(progress.status == RUNNING, chunk, data, ndims, (state, progress))
 
     def unfinished(carry):
         k, _, progress = carry

@@ -7,7 +7,6 @@ import pytest
 from checks import assert_close
 from optlayers.status import Status
 
-
 COEFFICIENTS, TOTALS = np.array([0.5, 1.5, 0.8, 1.2]), np.array([0.9, 1.0, 1.1])
 
 

@@ -250,3 +250,15 @@ def test_problem_without_certificate_ends_and_is_not_solved(torch_frontend, buil
     solution = layer.solve(torch_frontend.array(1.0))
     assert time.monotonic() - start < 60
     assert int(solution.status) != Status.SOLVED.code
+
+
+def test_non_convex_problems_are_refused(frontend):
+    """In [-1, 1] x = 1 satisfies the optimality conditions of min -x^2 + 0.1 x, but x = -1 is better."""
+    P = np.array([[[2.0]], [[-2.0]], [[-1e-3]], [[0.0]]])
+    solution = frontend.module.solve_qp(
+        *map(frontend.array, (P, [0.1], [[1.0]], [-1.0], [1.0])), on_failure="nan"
+    )
+    outcomes = [list(Status)[code] for code in frontend.numpy(solution.status)]
+    assert outcomes == [Status.SOLVED, Status.NON_CONVEX, Status.NON_CONVEX, Status.SOLVED]
+    assert_close(frontend.numpy(solution.x)[[0, 3]], [[-0.05], [-1.0]], 1e-12)
+    assert np.isnan(frontend.numpy(solution.x)[1:3]).all()
