@@ -8,9 +8,7 @@ table. There is no third outcome: a wrong result ends the script. Tables of the 
 """
 
 import argparse
-import datetime
 import importlib
-import importlib.metadata
 import re
 import sys
 import warnings
@@ -18,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from report import table, write_section  # noqa: E402
 
 from frontends import FRONTENDS  # noqa: E402
 from transform_layers import LAYERS  # noqa: E402
@@ -65,18 +65,9 @@ def tables(framework, names):
             if message:
                 messages.setdefault(message, []).append(f"{name} under {key}")
         columns.append(entries)
-        rows = [["transform", *names[: len(columns)]], ["---"] * (len(columns) + 1)]
-        rows += [[key, *entries] for key, *entries in zip(transforms, *columns, strict=True)]
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        rows = [[key, *entries] for key, *entries in zip(transforms, *columns, strict=True)]
+        lines = table([["transform", *names[: len(columns)]], *rows])
         yield lines + ["", *(f"- {', '.join(where)}: {message}" for message, where in messages.items())]
-
-
-def section(framework, lines):
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in (framework, "cvxpy"))
-    source = f"Written by `benchmarks/transforms.py --framework {framework}`"
-    return "\n".join(
-        [f"## {framework}", "", f"{source} on {datetime.date.today()}, with {versions}.", "", *lines]
-    )
 
 
 def main():
@@ -92,12 +83,8 @@ def main():
         jax.config.update("jax_num_cpu_devices", 4)
         jax.config.update("jax_enable_x64", True)
     names = [name for name in LAYERS if options.layers in name]
-    old = options.output.read_text(encoding="utf-8") if options.output.exists() else ""
-    sections = re.split(r"(?=^## )", old, flags=re.MULTILINE)[1:]
-    kept = [text.strip() for text in sections if not text.startswith(f"## {options.framework}\n")]
     for lines in tables(options.framework, names):
-        sections = sorted([*kept, section(options.framework, lines)])
-        options.output.write_text("\n\n".join([TITLE.strip(), *sections]) + "\n", encoding="utf-8")
+        write_section(options.output, TITLE, "transforms.py", options.framework, lines)
 
 
 if __name__ == "__main__":

@@ -266,13 +266,14 @@ def simplex_projection():
 
 
 def support_vector_machine():
-    """Soft margin; row i of `data` is the i-th point times its label."""
+    """Soft margin, with an offset that its cost makes unique; a row of `data` is a point times its label."""
     count, n = 8, 2
     data, labels = cp.Parameter((count, n), name="data"), np.repeat([1.0, -1.0], count // 2)
     penalty = cp.Parameter(nonneg=True, name="penalty")
     w, offset, slack = cp.Variable(n), cp.Variable(), cp.Variable(count, nonneg=True)
     margins = data @ w + cp.multiply(labels, offset) >= 1 - slack
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(w) / 2 + penalty * cp.sum(slack)), [margins])
+    norm = cp.sum_squares(w) / 2 + cp.square(offset) / 10
+    problem = cp.Problem(cp.Minimize(norm + penalty * cp.sum(slack)), [margins])
 
     def sample(rng):
         points = rng.standard_normal((count, n)) + 0.3 * labels[:, None]

@@ -239,9 +239,54 @@ def exact_cube_root(frontend):
     return lambda a, s: (a * s) ** (1 / 3)
 
 
+# Differential equations and satisfiability
+
+
+def decay(frontend):
+    """y' = rate y on [0, 1], by 50 steps of order four."""
+    field = lambda t, y, rate: rate * y
+    if frontend.name == "jax":
+        field = lambda y, t, rate: rate * y
+    ode = frontend.module.ODE(field, method="rk4", step_size=0.02, order=2)
+    return lambda y, rate: ode(y, frontend.array([0.0, 1.0], frontend.dtype(y)), rate)[-1]
+
+
+def exact_decay(frontend):
+    return lambda y, rate: y * frontend.xp.exp(rate)
+
+
+def satisfiability(frontend):
+    """Two clauses on an input and an output, of which the second vector follows from the first."""
+    layer = frontend.module.SATLayer(variables=2, clauses=2, tol=1e-13, order=2)
+    is_input = frontend.array([True, False], "bool")
+    if frontend.name == "jax":
+        return lambda S, z: layer(S, z, is_input)
+    call = frontend.framework.func.functional_call
+
+    def evaluate(S, z):
+        return call(layer, {"S": S, "directions": layer.directions.to(S.dtype)}, (z, is_input))
+
+    return evaluate
+
+
+def exact_satisfiability(frontend):
+    """v_2 points away from C_20 v_T + C_21 v_1, at the angle pi z_2 from -v_T."""
+    xp = frontend.xp
+
+    def at(S, z):
+        truth, known, unknown = S.mT
+        along, across = unknown @ truth, unknown @ known
+        angle = np.pi * z[0]
+        adjacent = along - across * xp.cos(angle)
+        return xp.stack([z[0], xp.arctan2(abs(across) * xp.sin(angle), adjacent) / np.pi])
+
+    return at
+
+
 # What torch's compiler and export cannot do; JAX does all.
-NOT_TRACED = {"compile(fullgraph=True)": "compile the map instead", "export": "compile the map instead"}
-ON_THE_HOST = dict.fromkeys(NOT_TRACED, "give P and A as dense tensors")
+TRACING = "compile(fullgraph=True)", "export"
+NOT_TRACED = dict.fromkeys(TRACING, "cannot be traced")
+ON_THE_HOST = dict.fromkeys(TRACING, "give P and A as dense tensors")
 NOT_EXPORTED = {"export": "cannot trace the derivative of a residual"}
 
 LAYERS = {
@@ -283,6 +328,21 @@ LAYERS = {
         linear_fixed_point, exact_linear, CELL_VALUES, (0,), refuses={"torch": NOT_TRACED}
     ),
     "DEQ": LayerCase(tanh_deq, unrolled_tanh, CELL_VALUES, (0,), refuses={"torch": NOT_TRACED}),
+    "ODE": LayerCase(
+        decay,
+        exact_decay,
+        (np.array([[1.0, -0.5, 0.3], [0.2, 0.8, -1.1]]), np.array([-1.0, 0.5, 0.3])),
+        (1,),
+        tolerance=1e-6,
+        refuses={"torch": NOT_TRACED},
+    ),
+    "SATLayer": LayerCase(
+        satisfiability,
+        exact_satisfiability,
+        (np.array([[-1.0, 0.6, 0.8], [-0.5, -0.7, 0.9]]), np.array([[0.3, 0.0], [0.8, 0.0]])),
+        (0,),
+        refuses={"torch": NOT_TRACED},
+    ),
     "implicit": LayerCase(
         cube_root,
         exact_cube_root,

@@ -168,7 +168,7 @@ class SAT:
             w, residual, status = ops.leaf(adjoint, (r, C, root, free))
             if self.on_failure == "ignore":
                 return w
-            flat, failed = ops.reshape(w, (w.shape[0], -1)), residual > settings.tol**0.5
+            flat, failed = ops.reshape(w, (w.shape[0], math.prod(w.shape[1:]))), residual > settings.tol**0.5
             return ops.reshape(ops.reported(flat, failed, _warn_of_unsolved, status, residual), w.shape)
 
         inverse = lambda r: masked(ops.solve_increment(conditions, root, solve, r, C, root, free))

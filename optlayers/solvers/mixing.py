@@ -46,13 +46,13 @@ def _pad(ops: MatrixFreeOps, x: Array, axis: int, value: float = 0.0) -> Array:
 def _blocks(ops: MatrixFreeOps, x: Array, padding: float = 0.0) -> Array:
     """(B, N, ...) as (M, 8, B, ...)."""
     x = ops.moveaxis(_pad(ops, x, 1, padding), 1, 0)
-    return ops.reshape(x, (-1, BLOCK, *x.shape[1:]))
+    return ops.reshape(x, (x.shape[0] // BLOCK, BLOCK, *x.shape[1:]))
 
 
 def _rows(ops: MatrixFreeOps, C: Array) -> _Rows:
     C = -_pad(ops, _pad(ops, C, -1), -2)
     C = C[..., None] if C.ndim == 2 else ops.moveaxis(C, 0, -1)
-    rows = ops.reshape(C, (-1, BLOCK, *C.shape[1:]))
+    rows = ops.reshape(C, (C.shape[0] // BLOCK, BLOCK, *C.shape[1:]))
     square = [rows[p, :, p * BLOCK : (p + 1) * BLOCK] for p in range(rows.shape[0])]
     is_below = ops.constant(np.tri(BLOCK, k=-1)[None, ..., None], C)
     return _Rows(rows, ops.moveaxis(ops.stack(square, 0) * is_below, 1, 2)[..., None])
@@ -60,10 +60,10 @@ def _rows(ops: MatrixFreeOps, C: Array) -> _Rows:
 
 def _product(ops: MatrixFreeOps, rows: Array, X: Array) -> Array:
     """Rows (8, N, b) times vectors (M, 8, B, k): (8, B, k)."""
-    batch, k = X.shape[2:]
+    size, (batch, k) = X.shape[0] * BLOCK, X.shape[2:]
     if rows.shape[-1] == 1:
-        return ops.reshape(rows[..., 0] @ ops.reshape(X, (-1, batch * k)), (BLOCK, batch, k))
-    X = ops.moveaxis(ops.reshape(X, (-1, batch, k)), 1, 0)
+        return ops.reshape(rows[..., 0] @ ops.reshape(X, (size, batch * k)), (BLOCK, batch, k))
+    X = ops.moveaxis(ops.reshape(X, (size, batch, k)), 1, 0)
     return ops.moveaxis(ops.moveaxis(rows, -1, 0) @ X, 0, 1)
 
 
@@ -92,7 +92,7 @@ def _iterate(ops: MatrixFreeOps, settings: Mixing, sweep: Callable[[Array], Arra
 
     def value(z):
         X = sweep(_blocks(ops, ops.reshape(z, (batch, size, k)), 1.0))  # not zero, so as to have a direction
-        X = ops.moveaxis(ops.reshape(X, (-1, batch, k)), 0, 1)
+        X = ops.moveaxis(ops.reshape(X, (X.shape[0] * BLOCK, batch, k)), 0, 1)
         return ops.reshape(X[:, :size], (batch, size * k))
 
     problem, flat = Problem(value, _no_tangent), ops.reshape(start, (batch, size * k))

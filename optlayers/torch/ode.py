@@ -19,9 +19,16 @@ from ..layers.ode import InitialValueProblem, Jumps, ODEInfo, ode_doc, odeint_do
 from ..layers.ode_adjoint import Adjoint, Discrete
 from ..ops import torch as ops
 from ..solvers.tableaux import Tableau
+from .calling import not_traced
+
+WHY_NOT_TRACED = (
+    "the steps of an ODE solver depend on the data and cannot be traced into a graph; compile the vector "
+    "field instead, as in ODE(torch.compile(func)), and the rest of the model without fullgraph=True"
+)
 
 
 @continues(odeint_doc)
+@not_traced(WHY_NOT_TRACED)
 def odeint(
     func: Callable,
     y0: Any,
@@ -92,6 +99,7 @@ class ODE(nn.Module):
             method, rtol, atol, adjoint, step_size, first_step, max_steps, order, on_failure
         )
 
+    @not_traced(WHY_NOT_TRACED)
     def solve(
         self, y0: Any, t: Tensor, *args: Any, jumps: Jumps | None = None, event: Callable | None = None
     ) -> tuple[Any, ODEInfo]:
