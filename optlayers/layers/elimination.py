@@ -30,6 +30,8 @@ class Elimination:
 
     Attributes:
         rows, kept: the eliminated rows E and the others, m numbers in all.
+        bounded: those of `kept` that have bounds, before those of curved cones.
+        order: puts entries of `rows` and then `kept` in their places.
         basis: N (n, n_z).
         inverse: A_E^+ (n, m_E).
         dependent: W (m_E, m_E - rank).
@@ -37,6 +39,8 @@ class Elimination:
 
     rows: np.ndarray
     kept: np.ndarray
+    bounded: np.ndarray
+    order: np.ndarray
     basis: np.ndarray
     inverse: np.ndarray
     dependent: np.ndarray
@@ -59,7 +63,10 @@ def elimination(program: Program) -> Elimination | None:
     if rank == 0 or rank == n:
         return None
     inverse = (Vt[:rank].T / singular[:rank]) @ U[:, :rank].T / size.T
-    return Elimination(rows, np.flatnonzero(~is_constant), Vt[rank:].T, inverse, U[:, rank:] / size)
+    kept = np.flatnonzero(~is_constant)
+    bounded = kept[kept < program.cones.zero + program.cones.nonneg]
+    order = np.argsort(np.append(rows, kept))
+    return Elimination(rows, kept, bounded, order, Vt[rank:].T, inverse, U[:, rank:] / size)
 
 
 def eliminate(
@@ -86,7 +93,7 @@ def eliminate(
     b_z = _exact(ops, b_I - shift, abs(b_I) + abs(shift))
     A_z = _exact(ops, A_I @ N, _size(ops, A_I))
     P_z = _exact(ops, N.mT @ (P @ N), ops.amax(_size(ops, P), -2, keepdims=True))
-    bounds = [pick(bound, plan.kept[plan.kept < bound.shape[-1]]) for bound in (l, u)]
+    bounds = [pick(bound, plan.bounded) for bound in (l, u)]
     k = W.shape[-1]
     if k:
         b_W = _exact(ops, b_E @ W, _size(ops, b_E) * _size(ops, W.mT).mT)
@@ -104,8 +111,7 @@ def eliminate(
         w, y = solution.y[:, :k], solution.y[:, k:]
         x = solution.x @ N.mT + mask(0 * solution.x[:, :1] + x_0)
         y_E = mask(w @ W.mT - (matvec(P, x) + own(q) + matvec(A_I.mT, y)) @ inverse)
-        order = ops.constant(np.argsort(np.concatenate([plan.rows, plan.kept])), q)
-        s, y = (ops.take(ops.concat(parts, -1), order) for parts in ((0 * y_E, solution.s[:, k:]), (y_E, y)))
+        s, y = (pick(ops.concat(parts, -1), plan.order) for parts in ((0 * y_E, solution.s[:, k:]), (y_E, y)))
         return solution._replace(x=x, s=s, y=y)
 
     if warm:

@@ -1,0 +1,361 @@
+"""Time and accuracy of differentiable layers on six workloads, side by side with other libraries.
+
+    python benchmarks/layers.py [--workloads W1 ...] [--layers NAME ...] [--repeats 5] [--output FILE]
+
+Every layer runs in a process of its own, on one thread; the processes take turns, call by call, and the least
+of their times counts, since machines are shared. What is timed is a solution of the batch, and a weighted
+sum of it differentiated in all parameters.
+
+- set-up: import, construction and first calls; in JAX with compilation
+- forward; both: forward and backward
+- solution: difference from a solution whose optimality conditions hold to 1e-12, relative
+- gradient: difference of its product with a random direction from central differences of such solutions
+- MB: most memory of the process
+
+A library that is not installed, or fails, has its error in place of numbers. Moreau is called by its native
+interface: through cvxpylayers 1.2 and cvxpy 1.9.3 it drops constraints.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
+    os.environ[variable] = "1"
+
+import cvxpy as cp  # noqa: E402
+import numpy as np  # noqa: E402
+from report import table  # noqa: E402
+
+# Workloads: (problem, parameters, variable, values with the batch in front).
+
+
+def dense_qp(rng, batch, n=100, m=50):
+    """n = 100, 50 inequalities and 50 equalities, all data of each problem its own and differentiated."""
+    q = cp.Parameter(n)
+    A, b, G, h = cp.Parameter((m, n)), cp.Parameter(m), cp.Parameter((m, n)), cp.Parameter(m)
+    P, x = cp.Parameter((n, n), PSD=True), cp.Variable(n)
+    problem = cp.Problem(cp.Minimize(cp.quad_form(x, P) / 2 + q @ x), [A @ x == b, G @ x <= h])
+    factor, A_, G_ = (rng.standard_normal((batch, k, n)) for k in (n, m, m))
+    x_0 = rng.standard_normal((batch, n, 1))
+    P_ = factor @ factor.swapaxes(1, 2) / n + 0.1 * np.eye(n)
+    slack = rng.uniform(0, 2, (batch, m))
+    values = [P_, rng.standard_normal((batch, n)), A_, (A_ @ x_0)[..., 0], G_, (G_ @ x_0)[..., 0] + slack]
+    return problem, [P, q, A, b, G, h], x, values
+
+
+def simplex(rng, batch, n=10):
+    """The nearest point of a simplex with upper bounds, n = 10."""
+    p, x = cp.Parameter(n), cp.Variable(n)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [x >= 0, x <= 0.4, cp.sum(x) == 1])
+    return problem, [p], x, [rng.standard_normal((batch, n))]
+
+
+def predictive_control(rng, batch, horizon=10):
+    """12 states and 4 inputs in boxes over a horizon of 10; the start is the parameter."""
+    states, inputs = 12, 4
+    dynamics = np.eye(states) + 0.05 * rng.standard_normal((states, states))
+    gain = 0.3 * rng.standard_normal((states, inputs))
+    start, X, U = cp.Parameter(states), cp.Variable((horizon + 1, states)), cp.Variable((horizon, inputs))
+    step = dynamics @ X[:-1].T + gain @ U.T == X[1:].T
+    boxes = [cp.abs(U) <= 0.5, cp.abs(X[1:]) <= 4]
+    cost = cp.sum_squares(X[1:]) + 0.1 * cp.sum_squares(U)
+    problem = cp.Problem(cp.Minimize(cost), [X[0] == start, step, *boxes])
+    return problem, [start], U, [0.7 * rng.standard_normal((batch, states))]
+
+
+def norm_fit(rng, batch, n=50, m=60):
+    """min |F x - g| + 0.05 |x|_1 with |x| <= 3, n = 50, m = 60, F and g of each problem its own."""
+    F, g, x = cp.Parameter((m, n)), cp.Parameter(m), cp.Variable(n)
+    objective = cp.Minimize(cp.norm(F @ x - g) + 0.05 * cp.norm1(x))
+    values = [rng.standard_normal((batch, m, n)), 3 * rng.standard_normal((batch, m))]
+    return cp.Problem(objective, [cp.norm(x) <= 3]), [F, g], x, values
+
+
+def semidefinite(rng, batch, n=10):
+    """min <C, X> with X positive semidefinite of diagonal one, 10 by 10."""
+    C, X = cp.Parameter((n, n), symmetric=True), cp.Variable((n, n), PSD=True)
+    C_ = rng.standard_normal((batch, n, n))
+    return cp.Problem(cp.Minimize(cp.trace(C @ X)), [cp.diag(X) == 1]), [C], X, [C_ + C_.swapaxes(1, 2)]
+
+
+def entropy(rng, batch, n=30, m=5):
+    """min c'x - entropy(x) on a simplex with 5 more inequalities, n = 30."""
+    c, A, x = cp.Parameter(n), rng.standard_normal((m, n)), cp.Variable(n)
+    constraints = [cp.sum(x) == 1, A @ x <= A.mean(1) + 0.1]
+    problem = cp.Problem(cp.Minimize(c @ x - cp.sum(cp.entr(x))), constraints)
+    return problem, [c], x, [rng.standard_normal((batch, n))]
+
+
+WORKLOADS = {
+    "W1": (dense_qp, (1, 32, 128)),
+    "W2": (simplex, (1, 128, 1024)),
+    "W3": (predictive_control, (1, 64, 256)),
+    "W4": (norm_fit, (1, 64)),
+    "W5": (semidefinite, (32,)),
+    "W6": (entropy, (64,)),
+}
+REFERENCE_LANES, STEP = 4, 1e-5
+
+
+def build(workload, batch):
+    function, _ = WORKLOADS[workload]
+    rng = np.random.default_rng(0)
+    problem, parameters, variable, values = function(rng, batch)
+    directions = [rng.standard_normal(value.shape[1:]) for value in values]
+    directions = [
+        d + d.T if p.ndim == 2 and (p.is_symmetric() or p.is_psd()) else d
+        for d, p in zip(directions, parameters, strict=True)
+    ]
+    return problem, parameters, variable, values, rng.standard_normal(variable.shape), directions
+
+
+# Layers: (problem, parameters, variable, values, weights) to two functions of no argument, `forward`, to the
+# solution (B, ...), and `both`, to the gradients.
+
+
+def _torch_calls(layer, values, weights):
+    import torch
+
+    values = [torch.tensor(value) for value in values]
+    leaves = [value.clone().requires_grad_() for value in values]
+    weights = torch.tensor(weights)
+
+    def forward():
+        with torch.no_grad():
+            return layer(*values)
+
+    def both():
+        (layer(*leaves) * weights).sum().backward()
+        gradients = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return gradients
+
+    return forward, both
+
+
+def optlayers_torch(problem, parameters, variable, values, weights):
+    from optlayers.torch import CvxpyLayer
+
+    layer = CvxpyLayer(problem, parameters, [variable])
+    return _torch_calls(lambda *v: layer(*v)[0], values, weights)
+
+
+def optlayers_jax(problem, parameters, variable, values, weights):
+    import jax
+
+    from optlayers.jax import CvxpyLayer
+
+    jax.config.update("jax_enable_x64", True)
+    layer = CvxpyLayer(problem, parameters, [variable])
+    values = [jax.numpy.asarray(value) for value in values]
+    forward = jax.jit(lambda *v: layer(*v)[0])
+    loss = lambda *v: (layer(*v)[0] * weights).sum()
+    both = jax.jit(jax.grad(loss, argnums=tuple(range(len(values)))))
+    return lambda: jax.block_until_ready(forward(*values)), lambda: jax.block_until_ready(both(*values))
+
+
+def cvxpylayers_with(solver):
+    def make(problem, parameters, variable, values, weights):
+        from cvxpylayers.torch import CvxpyLayer
+
+        arguments = {"solve_method": solver}
+        if solver == "SCS":
+            arguments |= {"eps": 1e-9, "max_iters": 100_000}
+        layer = CvxpyLayer(problem, parameters, [variable])
+        return _torch_calls(lambda *v: layer(*v, solver_args=arguments)[0], values, weights)
+
+    return make
+
+
+def moreau(problem, parameters, variable, values, weights):
+    """Its native interface, on the cone program that CVXPY makes of the problem."""
+    import moreau
+    import torch
+    from moreau.torch import Solver
+
+    from optlayers.canon import canonicalize
+    from optlayers.layers.conic import ConicSolution
+    from optlayers.layers.cvxpy import CvxpyProgram, evaluate, read
+    from optlayers.ops import torch as ops
+
+    program = CvxpyProgram.__new__(CvxpyProgram)
+    program.program = canonicalize(problem, parameters, [variable])
+    made, cones = program.program, program.program.cones
+    n, m, batch = made.n, made.m, len(values[0])
+    # Cones in Moreau's order: those of the programs here are the same.
+    settings = moreau.Settings(device="cpu", batch_size=batch, enable_grad=True)
+    names = {"num_zero_cones": cones.zero, "num_nonneg_cones": cones.nonneg, "num_exp_cones": cones.exp}
+    if cones.soc:
+        names["so_cone_dims"] = list(cones.soc)
+    if cones.psd:
+        names["psd_cone_dims"] = list(cones.psd)
+    P_where, A_where = made.P.positions, made.A.positions
+    rows = lambda where, height: torch.tensor(
+        np.concatenate([[0], np.bincount(where // n, minlength=height).cumsum()])
+    )
+    solver = Solver(
+        n, m, rows(P_where, n), torch.tensor(P_where % n), rows(A_where, m), torch.tensor(A_where % n),
+        moreau.Cones(**names), settings,
+    )  # fmt: skip
+
+    def layer(*values):
+        flat = [value.reshape(batch, -1) for value in values]
+        P, q, A, b, *_ = evaluate(ops, program, flat, values[0])
+        entries = lambda M, where: M.reshape(*M.shape[:-2], -1)[..., torch.tensor(where)]
+        q, b = (z.expand(batch, z.shape[-1]) for z in (q, b))
+        x = solver.solve(entries(P, P_where), entries(A, A_where), q, b).x
+        solution = ConicSolution(x, *[None] * 6)
+        return read(ops, made.outputs[0], solution)
+
+    return _torch_calls(layer, values, weights)
+
+
+def qpth(problem, parameters, variable, values, weights):
+    from qpth.qp import QPFunction
+
+    if len(parameters) != 6:
+        raise NotImplementedError("only the workload whose data are those of its form")
+    function = QPFunction(verbose=-1, check_Q_spd=False)
+    return _torch_calls(lambda P, q, A, b, G, h: function(P, q, G, h, A, b), values, weights)
+
+
+LAYERS = {
+    "OptLayers, torch": (optlayers_torch, ("torch",)),
+    "OptLayers, JAX": (optlayers_jax, ("jax",)),
+    "cvxpylayers, Clarabel": (cvxpylayers_with("Clarabel"), ("cvxpylayers", "diffcp", "clarabel")),
+    "cvxpylayers, SCS": (cvxpylayers_with("SCS"), ("cvxpylayers", "diffcp", "scs")),
+    "Moreau": (moreau, ("moreau",)),
+    "qpth": (qpth, ("qpth",)),
+}
+
+
+def reference(workload, batch):
+    """Solutions of the first problems, and products of their gradients with the directions; certified."""
+    import torch
+
+    from certificates import program_data, residuals
+    from optlayers.torch import CvxpyLayer
+
+    problem, parameters, variable, values, weights, directions = build(workload, batch)
+    layer, lanes = CvxpyLayer(problem, parameters, [variable]), slice(0, min(batch, REFERENCE_LANES))
+
+    def solve(values):
+        solution = layer.solve(*(torch.tensor(value) for value in values))
+        program = layer._program.program
+        for i, (x, s, y) in enumerate(zip(solution.x, solution.s, solution.y, strict=True)):
+            data = program_data(program, [value[i] for value in values])
+            worst = max(residuals(program.cones, data, x.numpy(), s.numpy(), y.numpy()))
+            if worst > 1e-12:
+                raise AssertionError(f"{workload}: the reference has a residual of {worst:.0e}")
+        return solution.variables[0].numpy()
+
+    values = [value[lanes] for value in values]
+    ahead, behind = (
+        solve([v + h * d for v, d in zip(values, directions, strict=True)]) for h in (STEP, -STEP)
+    )
+    axes = tuple(range(1, ahead.ndim))
+    return solve(values), ((ahead - behind) * weights).sum(axes) / (2 * STEP)
+
+
+def work(name, workload, batch):
+    """Set up, then run once for each line on standard input; numbers to standard output."""
+    warnings.simplefilter("ignore")
+    make, _ = LAYERS[name]
+    problem, parameters, variable, values, weights, directions = build(workload, batch)
+    forward, both = make(problem, parameters, variable, values, weights)
+    x, gradients = np.asarray(forward()), both()
+    lanes = slice(0, min(batch, REFERENCE_LANES))
+    products = sum(
+        (np.asarray(g)[lanes] * d).reshape(lanes.stop, -1).sum(1)
+        for g, d in zip(gradients, directions, strict=True)
+    )
+    say = lambda **facts: print(json.dumps(facts), flush=True)
+    say(x=x[lanes].tolist(), products=products.tolist())
+    for _ in sys.stdin:
+        times = []
+        for call in (forward, both):
+            start = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        say(forward=times[0], both=times[1], memory=memory)
+
+
+def compare(workload, batch, names, repeats):
+    """The rows of one workload and batch, from workers that take turns."""
+    x, products = reference(workload, batch)
+    workers, facts = {}, {}
+    for name in names:
+        command = [sys.executable, __file__, "--work", name, workload, str(batch)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        start = time.perf_counter()
+        worker = subprocess.Popen(command, text=True, **pipes)
+        line = worker.stdout.readline()
+        if line:
+            workers[name] = worker
+            facts[name] = [json.loads(line) | {"setup": time.perf_counter() - start}]
+        else:
+            reason = worker.stderr.read().strip().splitlines()[-1]
+            yield [workload, str(batch), name, *["-"] * 5, reason.replace("|", "/")[:60]]
+    for _ in range(repeats):
+        for name, worker in workers.items():
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            facts[name].append(json.loads(worker.stdout.readline()))
+    for name, worker in workers.items():
+        worker.stdin.close()
+        worker.wait()
+        first, *runs = facts[name]
+        error = np.abs(np.array(first["x"]) - x).max() / max(1.0, np.abs(x).max())
+        wrong = np.abs(np.array(first["products"]) - products).max() / max(1e-2, np.abs(products).max())
+        least = {key: min(run[key] for run in runs) for key in ("forward", "both")}
+        times = [f"{first['setup']:.1f}", f"{least['forward']:.3g}", f"{least['both']:.3g}"]
+        memory = f"{max(run['memory'] for run in runs):.0f}"
+        yield [workload, str(batch), name, *times, f"{error:.0e}", f"{wrong:.0e}", memory]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--layers", nargs="*", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "speed.md")
+    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        name, workload, batch = options.work
+        return work(name, workload, int(batch))
+    rows = [
+        ["workload", "batch", "layer", "set-up, s", "forward, ms", "both, ms", "solution", "gradient", "MB"]
+    ]
+    for workload in options.workloads:
+        function, batches = WORKLOADS[workload]
+        for batch in batches:
+            for row in compare(workload, batch, options.layers, options.repeats):
+                rows.append(row)
+                print(*row, sep="\t", flush=True)
+    packages = sorted({p for name in options.layers for p in LAYERS[name][1]} | {"cvxpy", "numpy"})
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+    described = [f"- {key}: {WORKLOADS[key][0].__doc__}" for key in options.workloads]
+    lines = ["# Speed", "", __doc__.split("\n\n", 2)[2].strip(), ""]
+    place = f"{datetime.date.today()}, {platform.machine()}, one thread, {versions}"
+    head = f"Written by `benchmarks/layers.py` on {place}."
+    lines += [head, "", *described, "", *table(rows)]
+    options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
