@@ -39,6 +39,13 @@ class ConicSolution(NamedTuple):
         residual: relative KKT residual (B,).
         regularity: `regularity.x` and `regularity.y` tell whether x and y are locally unique (B,). Where one
             is not, its derivative is the one of least norm.
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import Status, solve_qp
+        >>> solution = solve_qp(torch.eye(2), torch.ones(2))
+        >>> solution.x, list(Status)[solution.status]
+        (tensor([-1., -1.]), <Status.SOLVED: 'solved to the requested accuracy'>)
     """
 
     x: Array
@@ -96,6 +103,9 @@ class ConicSolve:
             point = 0 * problem.q, 0 * problem.b
         progress = start(ops, self.cones, problem, scaling, *point)
         status = ops.where(finite, progress.status, Status.NON_FINITE.code)
+        # Between bounds that have changed places the projection finds a point, which satisfies neither.
+        crossed = ops.any(problem.l > problem.u, -1)
+        status = ops.where(crossed, Status.PRIMAL_INFEASIBLE.code, status)
         if not self.linear:
             status = ops.where(_is_convex(ops, problem.P) | ~finite, status, Status.NON_CONVEX.code)
         progress = progress._replace(status=status)

@@ -194,6 +194,15 @@ def solved(frontend, objective, parameters, variables, values):
     return layer.solve(*map(frontend.array, values))
 
 
+@pytest.mark.parametrize("solver", ["CLARABEL", None])
+def test_bounds_that_have_changed_places_have_no_point_between_them(torch_frontend, solver):
+    q, eye = (torch_frontend.array(x) for x in (np.ones(2), np.eye(2)))
+    l, u = (torch_frontend.array(x) for x in ([[0.0, 1.0], [0.0, 0.0]], [[1.0, 0.9], [1.0, 0.0]]))
+    solution = torch_frontend.module.solve_qp(eye, q, eye, l, u, solver=solver, on_failure="nan")
+    assert solution.status.tolist() == [Status.PRIMAL_INFEASIBLE.code, Status.SOLVED.code]
+    assert_close(solution.x[1], np.zeros(2), 1e-9)
+
+
 def test_linear_objective_without_constraints_is_unbounded(torch_frontend):
     c, x = cp.Parameter(2), cp.Variable(2)
     with pytest.raises(SolveError, match="unbounded"):
