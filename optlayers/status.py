@@ -12,7 +12,13 @@ import numpy as np
 
 
 class Status(Enum):
-    """What became of one problem. The value is the message shown to the user; `code` is stored in arrays."""
+    """What became of one problem. The value is the message shown to the user; `code` is stored in arrays.
+
+    Example:
+        >>> from optlayers.torch import Status
+        >>> Status.ITERATION_LIMIT.code, list(Status)[5]
+        (4, <Status.NON_FINITE: 'the data contain NaN or infinity'>)
+    """
 
     SOLVED = "solved to the requested accuracy"
     INACCURATE = (
@@ -53,6 +59,16 @@ class SolveError(RuntimeError):
     Attributes:
         status: codes of `Status`, one per problem, as a NumPy array.
         residual: relative residual reached by each.
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import SolveError, solve_qp
+        >>> A, bound = torch.tensor([[1.0], [-1.0]]), torch.tensor([-1.0, -1.0])
+        >>> try:
+        ...     solve_qp(torch.eye(1), torch.ones(1), A, u=bound)  # x <= -1 and x >= 1
+        ... except SolveError as error:
+        ...     print(str(error).splitlines()[1].strip()[:40])
+        infeasible: no point satisfies all const
     """
 
     def __init__(self, status: np.ndarray, residual: np.ndarray):

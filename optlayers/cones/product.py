@@ -45,6 +45,11 @@ class Cones:
         pow: exponents of the power cones; a tuple of k positive weights of sum 1 stands for
             {(w, z): prod w_i ** weights_i >= |z|, w >= 0}, k + 1 rows; the three-dimensional cone with
             exponent a is (a, 1 - a).
+
+    Example:
+        >>> from optlayers.torch import Cones
+        >>> Cones(zero=1, nonneg=2, soc=(3, 4)).rows
+        10
     """
 
     zero: int = 0

@@ -27,6 +27,15 @@ class Smoothed:
 
     Args:
         mu: in units of objective; larger is smoother and further from the exact derivative.
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import Smoothed, solve_qp
+        >>> q, I = torch.tensor([2.0], requires_grad=True), torch.eye(1)
+        >>> x = solve_qp(None, q, I, torch.zeros(1), gradient=Smoothed(mu=0.1)).x  # 0 for every q > 0
+        >>> x.backward()
+        >>> round(q.grad.item(), 4)  # of mu / q, the point of the central path
+        -0.025
     """
 
     mu: float = 1e-3
@@ -42,6 +51,15 @@ class LPGD:
 
     Args:
         tau: size of the perturbation, in units of q per unit of x_bar.
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import LPGD, solve_qp
+        >>> q, I, one = torch.tensor([1.0], requires_grad=True), torch.eye(1), torch.ones(1)
+        >>> x = solve_qp(None, q, I, 0 * one, one, gradient=LPGD(tau=2.0)).x
+        >>> x.backward()
+        >>> q.grad.item()  # with q - tau the solution is 1, with q + tau it is 0: (0 - 1) / (2 tau)
+        -0.25
     """
 
     tau: float = 0.1

@@ -25,6 +25,13 @@ class ControlPath:
         times: where its pieces meet (B, M); shorter paths repeat their end.
         coefficients: a, b, c and e of each piece (B, M - 1, 4, channels).
         is_single: whether the observations came without a batch axis.
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import control_path
+        >>> X = control_path(torch.tensor([0.0, 2.0]), torch.tensor([[1.0], [5.0]]), "linear")
+        >>> X.interval, X.derivative(torch.tensor(1.0))  # of time itself, and of x
+        (tensor([0., 2.]), tensor([1., 2.]))
     """
 
     ops: MatrixFreeOps

@@ -172,6 +172,15 @@ class Solution(NamedTuple):
         iterations: iterations per problem.
         residual: relative KKT residual per problem.
         regularity: `regularity.x` and `regularity.y` tell whether x and y are locally unique.
+
+    Example:
+        >>> import cvxpy as cp, torch
+        >>> from optlayers.torch import CvxpyLayer
+        >>> x, p = cp.Variable(2), cp.Parameter(2)
+        >>> problem = cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [x >= 0])
+        >>> solution = CvxpyLayer(problem, [p], [x]).solve(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        >>> solution.variables[0].shape, solution.status.tolist()
+        (torch.Size([2, 2]), [0, 0])
     """
 
     variables: tuple[Array, ...]

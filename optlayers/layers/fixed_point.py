@@ -29,6 +29,14 @@ class FixedPointInfo(NamedTuple):
         residual: |f(z) - z| / max(|f(z)|, tol) at the result (B,).
         history: that residual after each step (B, max_iter); a finished sample repeats its last one.
         trajectory: f(z) of the iterates z that `record` asks for, with the derivatives of this f alone.
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import Picard, fixed_point
+        >>> half = lambda z: z / 2 + 1
+        >>> z, info = fixed_point(half, torch.zeros(1, 1), solver=Picard(), tol=0.01, return_info=True)
+        >>> info.iterations.item(), [round(r, 3) for r in info.history[0, :6].tolist()]
+        (6, [0.333, 0.143, 0.067, 0.032, 0.016, 0.008])
     """
 
     status: Array

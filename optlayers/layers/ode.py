@@ -31,6 +31,15 @@ class ODEInfo(NamedTuple):
         after: states after each jump, likewise.
         event_time: when the event happened (B,), differentiable; NaN where it did not. None without event.
         event_state: the state at that time, likewise.
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import odeint
+        >>> fall, ground = lambda t, y: torch.stack([y[1], -torch.ones(())]), lambda t, y: y[0]
+        >>> start, t = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 9.0])
+        >>> y, info = odeint(fall, start, t, event=ground, return_info=True)
+        >>> round(info.event_time.item(), 4)  # 2 - t^2 / 2 = 0
+        2.0
     """
 
     status: Array

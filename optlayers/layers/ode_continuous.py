@@ -25,8 +25,8 @@ class Continuous:
 
     Example:
         >>> from optlayers.torch import Continuous
-        >>> Continuous()
-        Continuous()
+        >>> Continuous().checkpoint_every > 10**9  # no state is kept
+        True
     """
 
     checkpoint_every: int = NEVER

@@ -31,6 +31,14 @@ class SATSolution(NamedTuple):
         status: code of `Status`: `list(Status)[code]` (B,).
         iterations: sweeps taken (B,).
         residual: relative change of the vectors in a last sweep (B,).
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import SATLayer
+        >>> layer = SATLayer(variables=2, clauses=1)
+        >>> solution = layer.solve(torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]]))
+        >>> solution.vectors.shape  # the truth and two variables, each a vector of length 4
+        torch.Size([1, 3, 4])
     """
 
     z: Array

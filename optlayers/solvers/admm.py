@@ -55,6 +55,13 @@ class ADMM:
         alpha: over-relaxation, in (0, 2).
         refine: Newton steps tried at each check; see `optlayers.solvers.refinement`.
         scaling: equilibration passes.
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import ADMM, solve_qp
+        >>> I, one = torch.eye(2), torch.ones(2)
+        >>> solve_qp(I, torch.tensor([-3.0, 0.5]), I, -one, one, solver=ADMM(rho=1.0)).x
+        tensor([ 1.0000, -0.5000])
     """
 
     max_iter: int = 2000

@@ -159,7 +159,15 @@ def _answer(program: _Program, outcome: str, x: np.ndarray, z: np.ndarray) -> _A
 
 @dataclass(frozen=True)
 class Clarabel(Host):
-    """Clarabel: an interior-point method for every cone (Goulart and Chen 2024)."""
+    """Clarabel: an interior-point method for every cone (Goulart and Chen 2024).
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import Clarabel, solve_qp
+        >>> I, one, solver = torch.eye(2), torch.ones(2), Clarabel(options={"max_step_fraction": 0.9})
+        >>> solve_qp(I, torch.tensor([-3.0, 0.5]), I, -one, one, solver=solver).x
+        tensor([ 1.0000, -0.5000])
+    """
 
     def _solve(self, program: _Program) -> _Answer:
         import clarabel
@@ -189,7 +197,15 @@ class Clarabel(Host):
 
 @dataclass(frozen=True)
 class SCS(Host):
-    """SCS: a first-order method for every cone but the n-dimensional power cone (O'Donoghue 2021)."""
+    """SCS: a first-order method for every cone but the n-dimensional power cone (O'Donoghue 2021).
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import SCS, solve_qp
+        >>> I, one, solver = torch.eye(2), torch.ones(2), SCS(max_iter=1000)
+        >>> solve_qp(I, torch.tensor([-3.0, 0.5]), I, -one, one, solver=solver).x
+        tensor([ 1.0000, -0.5000])
+    """
 
     def _solve(self, program: _Program) -> _Answer:
         import scs
@@ -227,7 +243,15 @@ class SCS(Host):
 
 @dataclass(frozen=True)
 class OSQP(Host):
-    """OSQP: a first-order method for quadratic programs (Stellato et al. 2020)."""
+    """OSQP: a first-order method for quadratic programs (Stellato et al. 2020).
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import OSQP, solve_qp
+        >>> I, one, solver = torch.eye(2), torch.ones(2), OSQP(options={"rho": 1.0})
+        >>> solve_qp(I, torch.tensor([-3.0, 0.5]), I, -one, one, solver=solver).x
+        tensor([ 1.0000, -0.5000])
+    """
 
     def _solve(self, program: _Program) -> _Answer:
         import osqp

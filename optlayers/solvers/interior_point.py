@@ -83,6 +83,13 @@ class InteriorPoint:
         scaling: equilibration passes.
         regularization: starting value of rho and delta, which then shrink with the complementarity.
         linear_steps: steps of iterative refinement of a solution of a linear system.
+
+    Example:
+        >>> import torch
+        >>> from optlayers.torch import InteriorPoint, solve_qp
+        >>> I, one = torch.eye(2), torch.ones(2)
+        >>> solve_qp(None, torch.tensor([-3.0, 0.5]), I, -one, one, solver=InteriorPoint()).x
+        tensor([ 1., -1.])
     """
 
     max_iter: int = 150
