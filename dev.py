@@ -1,8 +1,9 @@
-"""Run the example, the linters or the tests in an environment of their own; needs only Python and pip.
+"""Run the example, the linters or the tests, or build the documentation; needs only Python and pip.
 
     python dev.py example [--framework torch|jax]
     python dev.py lint
     python dev.py test [options of pytest]
+    python dev.py docs [options of Sphinx]
 
 The first call builds .venv, which takes a minute or two; later calls find its stamp and start at once.
 """
@@ -26,6 +27,12 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "installed"
 CONSTRAINTS = ROOT / "constraints.txt"
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+RUNS = {
+    "example": (("examples/polytope.py",), {}),
+    "test": (("-m", "pytest", "-n", "2"), ONE_THREAD),
+    "docs": (("-m", "sphinx", "-W", "--keep-going", "docs", "site"), ONE_THREAD),
+}
 
 
 def stage(title, *command):
@@ -60,13 +67,13 @@ def build():
         return
     stage("Making .venv", sys.executable, "-m", "venv", "--clear", VENV)
     pip = (PYTHON, "-m", "pip", "install", "--no-input", "-c", CONSTRAINTS)
-    stage("Installing, a minute or two", *pip, "-e", ".[torch,jax,examples,dev]")
+    stage("Installing, a minute or two", *pip, "-e", ".[torch,jax,examples,docs,dev]")
     STAMP.write_text(wanted)
 
 
 def main(job="", *options):
     """Build the environment, then do the job in it."""
-    if job not in ("example", "lint", "test"):
+    if job not in ("example", "lint", "test", "docs"):
         sys.exit(__doc__)
     build()
     if job == "lint":
@@ -74,10 +81,7 @@ def main(job="", *options):
         stage("ruff format --check", PYTHON, "-m", "ruff", "format", "--check")
         stage("pyright", PYTHON, "-m", "pyright", "--pythonpath", PYTHON)
     else:
-        if job == "example":
-            run, threads = ("examples/polytope.py",), {}
-        else:
-            run, threads = ("-m", "pytest", "-n", "2"), {"OMP_NUM_THREADS": "1"}
+        run, threads = RUNS[job]
         sys.exit(subprocess.run([PYTHON, *run, *options], cwd=ROOT, env=os.environ | threads).returncode)
 
 
