@@ -13,7 +13,7 @@ The state is a tree of arrays (B, ...), or (1, ...) for what the batch shares.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..cones import Cones
 from ..linalg.kkt import Factor, Problem, matvec, norm
@@ -33,6 +33,7 @@ class Direction(NamedTuple):
     dy: Array
 
 
+@runtime_checkable
 class Solver(Protocol):
     """What `run` needs of a solver; see the module's docstring."""
 

@@ -45,7 +45,7 @@ def choose(cones: Cones, linear: bool, solver: Any) -> tuple[Solver, ...]:
         return (NAMED[solver.upper()](),)
     if isinstance(solver, InteriorPoint) and cones.rows:
         raise ValueError("InteriorPoint solves problems with linear constraints only; use ADMM or Clarabel")
-    if isinstance(solver, (ADMM, InteriorPoint, Host)):
+    if isinstance(solver, Solver) and not isinstance(solver, type):
         return (solver,)
     raise ValueError(
         f"solver must be None, one of {sorted(NAMED)}, or a record such as ADMM(), got {solver!r}"
