@@ -69,10 +69,12 @@ class Page:
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         with contextlib.redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)  # of torch's own code
             exec(compile(tree, self.path, "exec"), variables)
             if last is not None:
                 value = eval(compile(ast.Expression(last.value), self.path, "eval"), variables)
-                if value is not None and not code.rstrip().endswith(";"):
+                is_picture = type(value).__module__.startswith("matplotlib")
+                if value is not None and not is_picture:
                     print(repr(value))
         if tab is None:
             new = {key: value for key, value in variables.items() if before.get(key, self) is not value}
@@ -118,8 +120,8 @@ class RunCode(SphinxTransform):
         if error is not None:
             text = f"{type(error).__name__}: {error}"
         outputs: list[nodes.Node] = []
-        if text.strip():
-            outputs.append(nodes.literal_block(text, text.rstrip(), language="none", classes=["output"]))
+        if text := text.rstrip():
+            outputs.append(nodes.literal_block(text, text, language="none", classes=["output"]))
         outputs += self._pictures(number)
         place = block.parent.index(block) + 1
         block.parent[place:place] = outputs
