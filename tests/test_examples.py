@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [("polytope", "torch"), ("polytope", "jax"), ("sudoku", "torch"), ("sudoku_jax", "jax")]
+EXAMPLES += [("mpc_quadrotor", "torch")]
 
 
 def run(script, *options, launcher=()):
@@ -49,7 +50,21 @@ def check_sudoku_jax(output):
     assert after >= 95
 
 
-CHECKS = {"polytope": check_polytope, "sudoku": check_sudoku, "sudoku_jax": check_sudoku_jax}
+def check_mpc_quadrotor(output):
+    first, learned, expert = (float(row[0]) for row in rows(output, width=16).values())
+    assert expert < learned < expert + (first - expert) / 10
+    solvers = output.split("\nsolver ")[1].split("\n\n")[0].splitlines()[1:]
+    ours, loop = (float(line.split()[-1]) for line in solvers)
+    assert ours < 1e-6
+    assert loop < 1e-2  # an independent solver finds the same inputs
+
+
+CHECKS = {
+    "mpc_quadrotor": check_mpc_quadrotor,
+    "polytope": check_polytope,
+    "sudoku": check_sudoku,
+    "sudoku_jax": check_sudoku_jax,
+}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 LAUNCHERS = {"torch": TORCHRUN, "jax": ()}
 
