@@ -34,7 +34,7 @@ class Elimination:
         order: puts entries of `rows` and then `kept` in their places.
         basis: N (n, n_z).
         inverse: A_E^+ (n, m_E).
-        dependent: W (m_E, m_E - rank).
+        dependent: W (m_E, m_E - rank); None where the rows are independent.
     """
 
     rows: np.ndarray
@@ -43,7 +43,7 @@ class Elimination:
     order: np.ndarray
     basis: np.ndarray
     inverse: np.ndarray
-    dependent: np.ndarray
+    dependent: np.ndarray | None
 
 
 def elimination(program: Program) -> Elimination | None:
@@ -66,7 +66,9 @@ def elimination(program: Program) -> Elimination | None:
     kept = np.flatnonzero(~is_constant)
     bounded = kept[kept < program.cones.zero + program.cones.nonneg]
     order = np.argsort(np.append(rows, kept))
-    return Elimination(rows, kept, bounded, order, Vt[rank:].T, inverse, U[:, rank:] / size)
+    dependent = U[:, rank:] / size if rank < len(rows) else None
+    basis = np.ascontiguousarray(Vt[rank:].T)  # torch.export warns of constants of another layout
+    return Elimination(rows, kept, bounded, order, basis, inverse, dependent)
 
 
 def eliminate(
@@ -78,11 +80,14 @@ def eliminate(
     of the batch (B,) have derivatives.
     """
     P, q, A, b, l, u = data
-    N, inverse, W = (ops.constant(M, q) for M in (plan.basis, plan.inverse, plan.dependent))
+    N, inverse = ops.constant(plan.basis, q), ops.constant(plan.inverse, q)
+    W, k = None, 0
+    if plan.dependent is not None:
+        W, k = ops.constant(plan.dependent, q), plan.dependent.shape[-1]
     zeros = lambda *shape: ops.full(shape, 0.0, q)
-    pick = lambda M, rows, axis=-1: ops.take(M, ops.constant(rows, q), axis)
+    pick = lambda vector, rows: ops.take(vector, ops.constant(rows, q)) if len(rows) else vector[..., :0]
     own = lambda vector: vector[None] if vector.ndim == 1 else vector
-    b_E, b_I, A_I = own(pick(b, plan.rows)), own(pick(b, plan.kept)), pick(A, plan.kept, -2)
+    b_E, b_I, A_I = own(pick(b, plan.rows)), own(pick(b, plan.kept)), pick(A.mT, plan.kept).mT
     # NaN is told by q_z; as a factor it would reach the derivatives of what the batch shares.
     finite = ops.isfinite(b_E)
     b_E = ops.where(finite, b_E, 0.0)
@@ -94,8 +99,7 @@ def eliminate(
     A_z = _exact(ops, A_I @ N, _size(ops, A_I))
     P_z = _exact(ops, N.mT @ (P @ N), ops.amax(_size(ops, P), -2, keepdims=True))
     bounds = [pick(bound, plan.bounded) for bound in (l, u)]
-    k = W.shape[-1]
-    if k:
+    if W is not None:
         b_W = _exact(ops, b_E @ W, _size(ops, b_E) * _size(ops, W.mT).mT)
         batch = max(b_W.shape[0], b_z.shape[0])
         b_z = ops.concat([ops.broadcast_to(part, (batch, part.shape[-1])) for part in (b_W, b_z)], -1)
@@ -110,7 +114,8 @@ def eliminate(
         mask = lambda value: ops.where(derived[:, None], value, ops.stop_gradient(value))
         w, y = solution.y[:, :k], solution.y[:, k:]
         x = solution.x @ N.mT + mask(0 * solution.x[:, :1] + x_0)
-        y_E = mask(w @ W.mT - (matvec(P, x) + own(q) + matvec(A_I.mT, y)) @ inverse)
+        y_E = -(matvec(P, x) + own(q) + matvec(A_I.mT, y)) @ inverse
+        y_E = mask(y_E if W is None else y_E + w @ W.mT)
         s, y = (pick(ops.concat(parts, -1), plan.order) for parts in ((0 * y_E, solution.s[:, k:]), (y_E, y)))
         return solution._replace(x=x, s=s, y=y)
 

@@ -157,9 +157,17 @@ def frozen_jvp(function, x):
     return lambda dx: jax.jvp(function, (lax.stop_gradient(x),), (dx,))[1]
 
 
+def _zero(*arrays):
+    """The number zero, under a vectorising map with its axis if one of the arrays has it.
+
+    A rule of differentiation has to return a value and a tangent that are mapped alike.
+    """
+    return builtins.sum(jnp.where(False, x.reshape(-1)[:1].sum(), 0) for x in arrays)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _increment(solve, r, frozen):
-    return jnp.zeros_like(r)
+    return jnp.zeros_like(r) + _zero(r, *frozen).astype(r.dtype)
 
 
 @_increment.defjvp
@@ -169,7 +177,7 @@ def _(solve, primals, tangents):
 
 
 def increment(solve, r, *frozen):
-    return _increment(solve, r, tuple(map(lax.stop_gradient, frozen)))
+    return _increment(solve, r, frozen)
 
 
 def jacobian(function, x):
@@ -324,8 +332,20 @@ def on_rows(mask, function, data, ndims, state):
     return lax.cond(jnp.any(mask), function, lambda data, state: state, tuple(data), state)
 
 
+@jax.custom_batching.custom_vmap
+def _in_any_call(condition):
+    """`condition`, under a vectorising map whether it holds in any of its calls."""
+    return condition
+
+
+@_in_any_call.def_vmap
+def _(axis_size, in_batched, condition):
+    return _in_any_call(jnp.any(condition, 0) if in_batched[0] else condition), False
+
+
 def cond_or_both(condition, both, false, operand):
-    return lax.cond(condition, both, false, operand)
+    # With a condition for each call, JAX would put stop_gradient into what may have to be transposed.
+    return lax.cond(_in_any_call(condition), both, false, operand)
 
 
 def leaf(solve, inputs):
@@ -337,7 +357,7 @@ def leaf(solve, inputs):
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _one(x, order, message):
     """The number one, formally a function of x, whose derivatives exist up to `order`."""
-    return jnp.ones((), x.dtype)
+    return jnp.ones((), x.dtype) + _zero(x)
 
 
 @_one.defjvp
