@@ -196,7 +196,11 @@ class ConicLayer:
 
     def __call__(self, ops: Ops, data: Problem, *warm: Array) -> ConicSolution:
         """The solution, batched, for data and an earlier (x, s, y) each with one batch axis or none."""
+        rows = data.b.shape[-1]
+        if not rows:
+            data, warm = _with_free_row(ops, data, warm)
         solution = self._derive(ops, data, warm)
+        solution = solution._replace(s=solution.s[:, :rows], y=solution.y[:, :rows])
         if self.on_failure != "nan":
             return solution
         failed = ~is_usable(solution.status)[:, None]
@@ -219,6 +223,17 @@ class ConicLayer:
             solve = replace(self.solve, check=False)
             x, s, y = lpgd(ops, self.gradient, solve, data, point, usable)
         return solution._replace(x=x, s=s, y=y)
+
+
+def _with_free_row(ops: Ops, data: Problem, warm: Sequence[Array]) -> tuple[Problem, Sequence[Array]]:
+    """A program without rows, and a start for it, with one that says nothing: 0'x + s = 0, s free.
+
+    JAX has no linear algebra on empty arrays.
+    """
+    row = lambda value: ops.full((1,), value, data.q)
+    A = ops.full((1, data.q.shape[-1]), 0.0, data.q)
+    data = data._replace(A=A, b=row(0.0), l=row(-ops.inf), u=row(ops.inf))
+    return data, [*warm[:1], *(ops.full((*z.shape[:-1], 1), 0.0, data.q) for z in warm[1:])]
 
 
 def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[Array]) -> ConicSolution:

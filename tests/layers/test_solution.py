@@ -123,3 +123,10 @@ def test_torch_module_has_no_state(family):
     torch.save(layer, saved)
     saved.seek(0)
     assert repr(torch.load(saved, weights_only=False)) == repr(layer)
+
+
+def test_program_without_rows(frontend):
+    """min |x|^2 / 2 + q'x is solved by x = -q; there is neither a slack nor a multiplier."""
+    solution = frontend.module.solve_qp(frontend.array(np.eye(2)), frontend.array([[1.0, 2.0], [3.0, 4.0]]))
+    assert_close(frontend.numpy(solution.x), [[-1.0, -2.0], [-3.0, -4.0]], 1e-12)
+    assert solution.s.shape == solution.y.shape == (2, 0)
