@@ -157,17 +157,18 @@ def frozen_jvp(function, x):
     return lambda dx: jax.jvp(function, (lax.stop_gradient(x),), (dx,))[1]
 
 
-def _zero(*arrays):
-    """The number zero, under a vectorising map with its axis if one of the arrays has it.
+def _zero(dtype, *arrays):
+    """The number zero of this type, under a vectorising map with its axis if one of the arrays has it.
 
     A rule of differentiation has to return a value and a tangent that are mapped alike.
     """
-    return builtins.sum(jnp.where(False, x.reshape(-1)[:1].sum(), 0) for x in arrays)
+    first = (x.reshape(-1)[:1].sum().astype(dtype) for x in arrays)
+    return builtins.sum((jnp.where(False, x, 0) for x in first), jnp.zeros((), dtype))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _increment(solve, r, frozen):
-    return jnp.zeros_like(r) + _zero(r, *frozen).astype(r.dtype)
+    return jnp.zeros_like(r) + _zero(r.dtype, r, *frozen)
 
 
 @_increment.defjvp
@@ -357,7 +358,7 @@ def leaf(solve, inputs):
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _one(x, order, message):
     """The number one, formally a function of x, whose derivatives exist up to `order`."""
-    return jnp.ones((), x.dtype) + _zero(x)
+    return jnp.ones((), x.dtype) + _zero(x.dtype, x)
 
 
 @_one.defjvp
