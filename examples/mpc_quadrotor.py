@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Quadrotors that learn what their expert minimises
+# # Quadrotors that learn to fly as their expert does
 #
 # Sixty-four quadrotors fly home by model predictive control. Ten times a second a plan
 #
@@ -7,9 +7,10 @@
 #     subject to  x_t = A x_{t-1} + B u_t,   |velocities|, |roll|, |pitch| bounded,   low <= u_t <= high
 #
 # of one second over twelve states and four rotors is solved for all of them at once, starting from the last
-# plan, shifted by one step. The weights q of an expert are unknown: they are learned from what it did, by
-# gradients of the plans, and judged by the flights that come of them. A loop over OSQP, with a solver set up
-# for each quadrotor and warm-started as well, solves the same plans for comparison.
+# plan, shifted by one step. The weights q of an expert are unknown: others are learned under which the plans
+# do what it did, by gradients of the plans, and judged by the flights that come of them. Several weights may
+# fly alike: the table tells how far they are from the expert's. A loop over OSQP, with a solver set up for
+# each quadrotor and warm-started as well, solves the same plans for comparison.
 #
 #     python examples/mpc_quadrotor.py [--framework torch|jax] [--seed 0] [--output quadrotor.png] [--quick]
 
