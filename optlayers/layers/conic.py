@@ -225,7 +225,7 @@ class ConicLayer:
         return solution._replace(x=x, s=s, y=y)
 
 
-def _with_free_row(ops: Ops, data: Problem, warm: Sequence[Array]) -> tuple[Problem, Sequence[Array]]:
+def _with_free_row(ops: Ops, data: Problem, warm: Sequence[Array]) -> tuple[Problem, tuple[Array, ...]]:
     """A program without rows, and a start for it, with one that says nothing: 0'x + s = 0, s free.
 
     JAX has no linear algebra on empty arrays.
@@ -233,7 +233,7 @@ def _with_free_row(ops: Ops, data: Problem, warm: Sequence[Array]) -> tuple[Prob
     row = lambda value: ops.full((1,), value, data.q)
     A = ops.full((1, data.q.shape[-1]), 0.0, data.q)
     data = data._replace(A=A, b=row(0.0), l=row(-ops.inf), u=row(ops.inf))
-    return data, [*warm[:1], *(ops.full((*z.shape[:-1], 1), 0.0, data.q) for z in warm[1:])]
+    return data, (*warm[:1], *(ops.full((*z.shape[:-1], 1), 0.0, data.q) for z in warm[1:]))
 
 
 def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[Array]) -> ConicSolution:
