@@ -186,13 +186,12 @@ def moreau(problem, parameters, variable, values, weights):
     import torch
     from moreau.torch import Solver
 
-    from optlayers.canon import canonicalize
     from optlayers.layers.conic import ConicSolution
-    from optlayers.layers.cvxpy import CvxpyProgram, evaluate, read
+    from optlayers.layers.cvxpy import evaluate, read
     from optlayers.ops import torch as ops
+    from optlayers.torch import CvxpyLayer
 
-    program = CvxpyProgram.__new__(CvxpyProgram)
-    program.program = canonicalize(problem, parameters, [variable])
+    program = CvxpyLayer(problem, parameters, [variable])._program
     made, cones = program.program, program.program.cones
     n, m, batch = made.n, made.m, len(values[0])
     # Cones in Moreau's order: those of the programs here are the same.

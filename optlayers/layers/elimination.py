@@ -23,6 +23,8 @@ from ..linalg.kkt import Problem, matvec
 from ..ops import Array, Ops
 from .conic import ConicSolution
 
+LARGEST_CONDITION = 1e4  # of rows of length one; rounding in x_0 is as many times that of b
+
 
 @dataclass(frozen=True, eq=False)
 class Elimination:
@@ -47,12 +49,17 @@ class Elimination:
 
 
 def elimination(program: Program) -> Elimination | None:
-    """The elimination of the constant rows of the zero cone; None if there are none, or all is fixed."""
+    """The elimination of the constant rows of the zero cone; None without any, or if they fix everything.
+
+    Also where they are close to dependent: x_0 would be inaccurate, and no residual of the rest shows it.
+    """
     m, n = program.A.shape
     row, column = np.divmod(program.A.positions, n)
     is_constant = np.arange(m) < program.cones.zero
     is_constant[row[program.A.rows]] = False
     rows = np.flatnonzero(is_constant)
+    if not len(rows):
+        return None
     dense = np.zeros((m, n))
     dense[row, column] = program.A.constant
     A = dense[rows]
@@ -60,7 +67,7 @@ def elimination(program: Program) -> Elimination | None:
     size[size == 0] = 1.0
     U, singular, Vt = scipy.linalg.svd(A / size)
     rank = int(np.sum(singular > max(A.shape) * np.finfo(float).eps * singular.max(initial=0.0)))
-    if rank == 0 or rank == n:
+    if rank == 0 or rank == n or singular[rank - 1] < singular[0] / LARGEST_CONDITION:
         return None
     inverse = (Vt[:rank].T / singular[:rank]) @ U[:, :rank].T / size.T
     kept = np.flatnonzero(~is_constant)

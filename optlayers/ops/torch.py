@@ -194,6 +194,10 @@ def on_rows(mask, function, data, ndims, state):
         return state
     if 2 * len(rows) > len(mask):
         return function(data, state)
+    if (
+        len(rows) == 1
+    ):  # arrays of one row are what the batch shares: another row comes along, to be left alone
+        rows = torch.cat([rows, (rows + 1) % len(mask)])
     is_batched = [x.ndim > own and len(x) == len(mask) for x, own in zip(data, ndims, strict=True)]
     part = [x[rows] if batched else x for x, batched in zip(data, is_batched, strict=True)]
     take = lambda x: x[rows] if len(x) == len(mask) else x

@@ -74,7 +74,7 @@ def solve_conic(
         >>> from optlayers.torch import Cones, solve_conic
         >>> A, b = -torch.eye(2), torch.zeros(2)
         >>> solution = solve_conic(torch.eye(2), torch.tensor([1.0, -2.0]), A, b, Cones(nonneg=2))
-        >>> abs(solution.x).round().tolist()
+        >>> abs(solution.x).round(decimals=6).tolist()
         [0.0, 2.0]
     """
     if sparse.is_sparse(P) or sparse.is_sparse(A):

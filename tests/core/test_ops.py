@@ -952,13 +952,17 @@ def test_leaf_keeps_the_contract_of_a_custom_operator(torch):
 
 @pytest.mark.parametrize("masked", [[], [2], [0, 2, 3]])
 def test_on_rows(ops, framework, masked):
-    """A batched, a shared and a broadcast array; rows outside the mask keep their state."""
+    """A batched, a shared and a broadcast array; rows outside the mask keep their state.
+
+    What is batched never comes as one row, which stands for what the batch shares.
+    """
     mask = np.isin(np.arange(4), masked)
     data = [np.arange(8.0).reshape(4, 2), np.arange(4.0), np.arange(2.0).reshape(1, 2)]
     state = np.zeros((4, 2)), np.arange(4.0)
 
     def work(data, state):
         (own, shared, row), (total, index) = data, state
+        assert len(own) == len(total) > 1 == len(row)
         inside = ops.any(index[:, None] == framework.array(np.array([*masked, -1.0]))[None], -1)
         new = own + shared[:2][None] + row
         return ops.where(inside[:, None], new, total), index

@@ -80,3 +80,11 @@ def test_a_warm_start_is_that_of_the_whole_problem(frontend, rng):
     values = [frontend.array(value) for value in values]
     again = layer.solve(*values, warm_start=layer.solve(*values))
     assert frontend.numpy(again.iterations) == 0
+
+
+def test_nearly_dependent_equalities_stay_rows(frontend):
+    """Their x_0 would be wrong in some digits, which only the residual of the whole program shows."""
+    x, b = cp.Variable(3), cp.Parameter(2)
+    rows = np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0 + 1e-7]])
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x)), [rows @ x == b])
+    assert frontend.CvxpyLayer(problem, [b], [x])._program.elimination is None
