@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -162,6 +162,37 @@ def name(parameter: Any) -> str:
     return f"{parameter.name()} {tuple(parameter.shape)}"
 
 
+SIGNS = {"nonneg": 1, "pos": 1, "nonpos": -1, "neg": -1}
+SIGN_TOLERANCE = 1e-10  # CVXPY's own
+
+
+def _declared(parameter: Any) -> tuple[str, int] | None:
+    """The attribute that tells the sign of a parameter, and the sign."""
+    return next(((key, sign) for key, sign in SIGNS.items() if parameter.attributes[key]), None)
+
+
+def _of_declared_sign(ops: Ops, value: Array, parameter: Any) -> Array:
+    """`value` with NaN for entries of a sign that the parameter was declared not to have.
+
+    Its problem was found convex on that word: for other values the program is another one.
+    """
+    declared = _declared(parameter)
+    if declared is None:
+        return value
+    return ops.where(declared[1] * value >= -SIGN_TOLERANCE, value, ops.nan)
+
+
+def faults(values: Sequence[np.ndarray], parameters: Sequence[Any]) -> Iterator[str]:
+    """What makes values of parameters unusable, a sentence for each parameter that has such."""
+    for value, parameter in zip(values, parameters, strict=True):
+        declared = _declared(parameter)
+        if not np.isfinite(value).all():
+            yield f"parameter {name(parameter)} contains NaN or infinity"
+        elif declared and (declared[1] * value < -SIGN_TOLERANCE).any():
+            worst = declared[1] * (declared[1] * value).min()
+            yield f"parameter {name(parameter)} was declared with {declared[0]}=True, but contains {worst:g}"
+
+
 class Solution(NamedTuple):
     """Result of `CvxpyLayer.solve`; every field has the batch axes of the parameters in front.
 
@@ -207,7 +238,8 @@ class CvxpyProgram:
         solver_args: settings of the solver: `eps`, the relative residual of a solution, `max_iter`, and the
             fields of the solver's record; for a host solver also the options of its library.
         order: highest derivative order; beyond it NotImplementedError is raised.
-        on_failure: what becomes of problems without solution. "raise": SolveError names them; "nan": their
+        on_failure: what becomes of problems without solution, or with data that are not finite or not of the
+            sign that a parameter was declared to have. "raise": SolveError names them; "nan": their
             outputs are NaN; "mask": the last iterate, with zero gradient; "ignore": the last iterate.
         rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` is None.
         gradient: "exact"; or, where that is zero or jumps as for linear programs, "smoothed" (`Smoothed(mu)`)
@@ -254,7 +286,8 @@ class CvxpyProgram:
         flat = []
         for value, own in zip(values, self.parameters, strict=True):
             value = flatten_batch(ops, value, own.ndim)
-            flat.append(ops.widest(ops.reshape(value, (*value.shape[: value.ndim - own.ndim], own.size))))
+            value = ops.widest(ops.reshape(value, (*value.shape[: value.ndim - own.ndim], own.size)))
+            flat.append(_of_declared_sign(ops, value, own))
         data = evaluate(ops, self, flat, ops.widest(like))
         warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
         if self.elimination is not None:
