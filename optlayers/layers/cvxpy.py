@@ -26,20 +26,47 @@ from .elimination import eliminate, elimination
 
 
 class _Terms(NamedTuple):
-    """Part of an affine map: entry `positions[k]` of the flat matrix gets `coefs[k] * theta[cols[k]]`."""
+    """Part of an affine map: entry `positions[k]` of the flat matrix gets `coefs[k] * theta[cols[k]]`.
 
-    positions: np.ndarray
-    cols: np.ndarray
-    coefs: np.ndarray
+    Without positions, there is one term for each entry in turn, which is much faster. A range of columns is
+    a slice, and equal coefficients are one number.
+    """
+
+    positions: np.ndarray | None
+    cols: np.ndarray | slice
+    coefs: np.ndarray | float
 
 
 class _Split(NamedTuple):
     """An affine map for one choice of batched parameters: a constant and the terms of either kind."""
 
     shape: tuple[int, ...]
-    constant: np.ndarray
-    shared: _Terms
-    batched: _Terms
+    constant: np.ndarray | None
+    shared: tuple[_Terms, ...]
+    batched: tuple[_Terms, ...]
+
+
+def _terms(positions: np.ndarray, cols: np.ndarray, coefs: np.ndarray, size: int) -> tuple[_Terms, ...]:
+    """The terms in layers of one for each of `size` entries, if few fill them at least by half."""
+    if not len(cols):
+        return ()
+    order = np.argsort(positions, kind="stable")
+    first = np.searchsorted(positions[order], positions[order])
+    layer = np.arange(len(order)) - first
+    count = 1 + layer.max()
+    if count * size > 2 * len(cols):
+        return (_Terms(positions, cols, coefs),)
+    layered_cols, layered_coefs = np.zeros((count, size), int), np.zeros((count, size))
+    layered_cols[layer, positions[order]] = cols[order]
+    layered_coefs[layer, positions[order]] = coefs[order]
+    return tuple(map(_one_for_each, layered_cols, layered_coefs))
+
+
+def _one_for_each(cols: np.ndarray, coefs: np.ndarray) -> _Terms:
+    span = slice(int(cols[0]), int(cols[0]) + len(cols))
+    is_range = np.array_equal(cols, np.arange(span.start, span.stop))
+    is_equal = bool((coefs == coefs[0]).all())
+    return _Terms(None, span if is_range else cols, float(coefs[0]) if is_equal else coefs)
 
 
 def _split(affine: AffineMap, is_batched: np.ndarray, column: np.ndarray) -> _Split:
@@ -50,10 +77,11 @@ def _split(affine: AffineMap, is_batched: np.ndarray, column: np.ndarray) -> _Sp
     positions, cols = affine.positions[affine.rows], affine.cols
 
     def terms(mask):
-        return _Terms(positions[mask], column[cols[mask]], affine.coefs[mask])
+        return _terms(positions[mask], column[cols[mask]], affine.coefs[mask], constant.size)
 
     batched = is_batched[cols]
-    return _Split(affine.shape, constant, terms(~batched), terms(batched))
+    parts = terms(~batched), terms(batched)
+    return _Split(affine.shape, constant if constant.any() or not any(parts) else None, *parts)
 
 
 @lru_cache(maxsize=64)
@@ -82,18 +110,30 @@ def evaluate(ops: Ops, program: CvxpyProgram, values: Sequence[Array], like: Arr
     batched_theta = _theta(ops, program.program, values, batched)
 
     def build(split: _Split) -> Array:
-        flat, size = ops.constant(split.constant, like), split.constant.size
-        for terms, theta in ((split.shared, shared_theta), (split.batched, batched_theta)):
-            if len(terms.cols):
-                coefs = _row(ops.constant(terms.coefs, like), theta)
-                picked = ops.take(theta, ops.constant(terms.cols, like)) * coefs
-                part = ops.scatter_add(picked, ops.constant(terms.positions, like), size)
-                flat = _row(flat, part) + part
+        pairs = [(terms, shared_theta) for terms in split.shared]
+        pairs += [(terms, batched_theta) for terms in split.batched]
+        parts = [_contribution(ops, terms, theta, math.prod(split.shape)) for terms, theta in pairs]
+        if split.constant is not None:
+            parts.insert(0, ops.constant(split.constant, like))
+        flat = parts[0]
+        for part in parts[1:]:
+            flat = _row(flat, part) + part
         return ops.reshape(flat, (*flat.shape[:-1], *split.shape))
 
     P, q, A, b = (build(split) for split in program.splits(batched))
     lower, upper = (ops.constant(bound, like) for bound in program.bounds())
     return Problem(P, q, A, b, lower, upper)
+
+
+def _contribution(ops: Ops, terms: _Terms, theta: Array, size: int) -> Array:
+    """The sum (..., size) of the terms for each entry of a matrix."""
+    positions, cols, coefs = terms
+    picked = theta[..., cols] if isinstance(cols, slice) else ops.take(theta, ops.constant(cols, theta))
+    if isinstance(coefs, np.ndarray):
+        picked = picked * _row(ops.constant(coefs, theta), theta)
+    elif coefs != 1:
+        picked = coefs * picked
+    return picked if positions is None else ops.scatter_add(picked, ops.constant(positions, theta), size)
 
 
 def _row(x: Array, like: Array) -> Array:
