@@ -5,140 +5,23 @@ The docstring of `CvxpyProgram` is that of the layers; each frontend adds its ex
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..canon import canonicalize
-from ..canon.program import AffineMap, Output, Program
+from ..canon.program import Output, Program
 from ..linalg.kkt import Problem
 from ..linalg.sensitivity import Regularity
 from ..ops import Array, Ops
 from ..status import batch_axes
+from .assembly import assemble, splits
 from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restore_array, restore_batch
 from .direct import curved_part, polyhedral_bounds
 from .elimination import eliminate, elimination
-
-
-class _Terms(NamedTuple):
-    """Part of an affine map: entry `positions[k]` of the flat matrix gets `coefs[k] * theta[cols[k]]`.
-
-    Without positions, there is one term for each entry in turn, which is much faster. A range of columns is
-    a slice, and equal coefficients are one number.
-    """
-
-    positions: np.ndarray | None
-    cols: np.ndarray | slice
-    coefs: np.ndarray | float
-
-
-class _Split(NamedTuple):
-    """An affine map for one choice of batched parameters: a constant and the terms of either kind."""
-
-    shape: tuple[int, ...]
-    constant: np.ndarray | None
-    shared: tuple[_Terms, ...]
-    batched: tuple[_Terms, ...]
-
-
-def _terms(positions: np.ndarray, cols: np.ndarray, coefs: np.ndarray, size: int) -> tuple[_Terms, ...]:
-    """The terms in layers of one for each of `size` entries, if few fill them at least by half."""
-    if not len(cols):
-        return ()
-    order = np.argsort(positions, kind="stable")
-    first = np.searchsorted(positions[order], positions[order])
-    layer = np.arange(len(order)) - first
-    count = 1 + layer.max()
-    if count * size > 2 * len(cols):
-        return (_Terms(positions, cols, coefs),)
-    layered_cols, layered_coefs = np.zeros((count, size), int), np.zeros((count, size))
-    layered_cols[layer, positions[order]] = cols[order]
-    layered_coefs[layer, positions[order]] = coefs[order]
-    return tuple(map(_one_for_each, layered_cols, layered_coefs))
-
-
-def _one_for_each(cols: np.ndarray, coefs: np.ndarray) -> _Terms:
-    span = slice(int(cols[0]), int(cols[0]) + len(cols))
-    is_range = np.array_equal(cols, np.arange(span.start, span.stop))
-    is_equal = bool((coefs == coefs[0]).all())
-    return _Terms(None, span if is_range else cols, float(coefs[0]) if is_equal else coefs)
-
-
-def _split(affine: AffineMap, is_batched: np.ndarray, column: np.ndarray) -> _Split:
-    """Split the terms of a map by whether their entry of theta is batched; `column` renumbers theta."""
-    constant = np.zeros(math.prod(affine.shape))
-    # An infinite right-hand side is expressed by the bounds of its row.
-    constant[affine.positions] = np.where(np.isinf(affine.constant), 0.0, affine.constant)
-    positions, cols = affine.positions[affine.rows], affine.cols
-
-    def terms(mask):
-        return _terms(positions[mask], column[cols[mask]], affine.coefs[mask], constant.size)
-
-    batched = is_batched[cols]
-    parts = terms(~batched), terms(batched)
-    return _Split(affine.shape, constant if constant.any() or not any(parts) else None, *parts)
-
-
-@lru_cache(maxsize=64)
-def _splits(program: Program, batched: tuple[bool, ...]) -> tuple[_Split, ...]:
-    """P, q, A, b for parameters of which `batched` tells which carry a batch axis."""
-    sizes = [block.stop - block.start for block in program.blocks]
-    is_batched = np.repeat([batched[block.parameter] for block in program.blocks], sizes).astype(bool)
-    column = np.where(is_batched, np.cumsum(is_batched) - 1, np.cumsum(~is_batched) - 1)
-    return tuple(_split(m, is_batched, column) for m in (program.P, program.q, program.A, program.b))
-
-
-def _theta(ops: Ops, program: Program, values: Sequence[Array], keep: Sequence[bool]) -> Array | None:
-    """Concatenated blocks (..., p) of the parameters marked by `keep`; values have flat last axes."""
-    part = {"real": ops.real, "imag": ops.imag, "log": ops.log}
-    blocks = [part[b.part](values[b.parameter]) for b in program.blocks if keep[b.parameter]]
-    return ops.concat(blocks, -1) if blocks else None
-
-
-def evaluate(ops: Ops, program: CvxpyProgram, values: Sequence[Array], like: Array) -> Problem:
-    """The data of the program for flat parameter values (size,) or (B, size).
-
-    A matrix or vector that no batched parameter enters has no batch axis.
-    """
-    batched = tuple(value.ndim == 2 for value in values)
-    shared_theta = _theta(ops, program.program, values, [not b for b in batched])
-    batched_theta = _theta(ops, program.program, values, batched)
-
-    def build(split: _Split) -> Array:
-        pairs = [(terms, shared_theta) for terms in split.shared]
-        pairs += [(terms, batched_theta) for terms in split.batched]
-        parts = [_contribution(ops, terms, theta, math.prod(split.shape)) for terms, theta in pairs]
-        if split.constant is not None:
-            parts.insert(0, ops.constant(split.constant, like))
-        flat = parts[0]
-        for part in parts[1:]:
-            flat = _row(flat, part) + part
-        return ops.reshape(flat, (*flat.shape[:-1], *split.shape))
-
-    P, q, A, b = (build(split) for split in program.splits(batched))
-    lower, upper = (ops.constant(bound, like) for bound in program.bounds())
-    return Problem(P, q, A, b, lower, upper)
-
-
-def _contribution(ops: Ops, terms: _Terms, theta: Array, size: int) -> Array:
-    """The sum (..., size) of the terms for each entry of a matrix."""
-    positions, cols, coefs = terms
-    picked = theta[..., cols] if isinstance(cols, slice) else ops.take(theta, ops.constant(cols, theta))
-    if isinstance(coefs, np.ndarray):
-        picked = picked * _row(ops.constant(coefs, theta), theta)
-    elif coefs != 1:
-        picked = coefs * picked
-    return picked if positions is None else ops.scatter_add(picked, ops.constant(positions, theta), size)
-
-
-def _row(x: Array, like: Array) -> Array:
-    """The vector `x` with as many axes as `like`, which JAX can be told to insist on."""
-    return x[None] if x.ndim < like.ndim else x
 
 
 def _bounds(program: Program) -> tuple[np.ndarray, np.ndarray]:
@@ -306,8 +189,8 @@ class CvxpyProgram:
         return self._configured(solver_args) if solver_args else self._layer
 
     # Frontends may compile what calls these two; they are functions of constants, to be run and not traced.
-    def splits(self, batched: tuple[bool, ...]) -> tuple[_Split, ...]:
-        return _splits(self.program, batched)
+    def splits(self, batched: tuple[bool, ...]) -> tuple[Any, ...]:
+        return splits(self.program, batched)
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         return _bounds(self.program)
@@ -328,7 +211,10 @@ class CvxpyProgram:
             value = flatten_batch(ops, value, own.ndim)
             value = ops.widest(ops.reshape(value, (*value.shape[: value.ndim - own.ndim], own.size)))
             flat.append(_of_declared_sign(ops, value, own))
-        data = evaluate(ops, self, flat, ops.widest(like))
+        batched = tuple(value.ndim == 2 for value in flat)
+        bounds = (ops.constant(bound, ops.widest(like)) for bound in self.bounds())
+        data = assemble(ops, self.program, self.splits(batched), flat, ops.widest(like))
+        data = Problem(*data, *bounds)
         warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
         if self.elimination is not None:
             data, warm, restore = eliminate(ops, self.elimination, data, warm)
