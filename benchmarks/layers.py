@@ -69,10 +69,10 @@ def predictive_control(rng, batch, horizon=10):
     gain = 0.3 * rng.standard_normal((states, inputs))
     start, X, U = cp.Parameter(states), cp.Variable((horizon + 1, states)), cp.Variable((horizon, inputs))
     step = dynamics @ X[:-1].T + gain @ U.T == X[1:].T
-    boxes = [cp.abs(U) <= 0.5, cp.abs(X[1:]) <= 4]
+    boxes = [U <= 0.5, U >= -0.5, X[1:] <= 4, X[1:] >= -4]
     cost = cp.sum_squares(X[1:]) + 0.1 * cp.sum_squares(U)
     problem = cp.Problem(cp.Minimize(cost), [X[0] == start, step, *boxes])
-    return problem, [start], U, [0.7 * rng.standard_normal((batch, states))]
+    return problem, [start], U, [0.5 * rng.standard_normal((batch, states))]
 
 
 def norm_fit(rng, batch, n=50, m=60):
