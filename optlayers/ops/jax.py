@@ -97,7 +97,7 @@ def diagonal(x):
 
 def add_diagonal(x, values):
     identity = jnp.eye(x.shape[-1], dtype=x.dtype).reshape((1,) * (x.ndim - 2) + x.shape[-2:])
-    return x + jnp.asarray(values, x.dtype)[..., None] * identity
+    return x + jnp.broadcast_to(values, x.shape[:-1]).astype(x.dtype)[..., None] * identity
 
 
 def cholesky(x):
