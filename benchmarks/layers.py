@@ -186,7 +186,7 @@ def moreau(problem, parameters, variable, values, weights):
     import torch
     from moreau.torch import Solver
 
-    from optlayers.layers.assembly import assemble
+    from optlayers.layers.assembly import assemble, splits
     from optlayers.layers.conic import ConicSolution
     from optlayers.layers.cvxpy import read
     from optlayers.ops import torch as ops
@@ -194,7 +194,6 @@ def moreau(problem, parameters, variable, values, weights):
 
     program = CvxpyLayer(problem, parameters, [variable])._program
     made, cones = program.program, program.program.cones
-    splits = program.splits((True,) * len(values))
     n, m, batch = made.n, made.m, len(values[0])
     # Cones in Moreau's order: those of the programs here are the same.
     settings = moreau.Settings(device="cpu", batch_size=batch, enable_grad=True)
@@ -214,7 +213,7 @@ def moreau(problem, parameters, variable, values, weights):
 
     def layer(*values):
         flat = [value.reshape(batch, -1) for value in values]
-        P, q, A, b = assemble(ops, made, splits, flat, values[0])
+        P, q, A, b = assemble(ops, made, splits(made, (True,) * len(values)), flat, values[0])
         entries = lambda M, where: M.reshape(*M.shape[:-2], -1)[..., torch.tensor(where)]
         q, b = (z.expand(batch, z.shape[-1]) for z in (q, b))
         x = solver.solve(entries(P, P_where), entries(A, A_where), q, b).x

@@ -22,6 +22,7 @@ from .assembly import assemble, splits
 from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restore_array, restore_batch
 from .direct import curved_part, polyhedral_bounds
 from .elimination import eliminate, elimination
+from .ranges import ranges
 
 
 def _bounds(program: Program) -> tuple[np.ndarray, np.ndarray]:
@@ -178,7 +179,9 @@ class CvxpyProgram:
         start = time.perf_counter()
         self.parameters, self.variables = tuple(parameters), tuple(variables)
         self.program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
-        self.elimination = elimination(self.program)
+        self.ranges = ranges(self.program)
+        self.solved = self.program if self.ranges is None else self.ranges.program
+        self.elimination = elimination(self.solved)
         self.solver_args = dict(solver_args or {})
         self._choices = dict(choices)
         self._layer = self._configured({})
@@ -190,10 +193,11 @@ class CvxpyProgram:
 
     # Frontends may compile what calls these two; they are functions of constants, to be run and not traced.
     def splits(self, batched: tuple[bool, ...]) -> tuple[Any, ...]:
-        return splits(self.program, batched)
+        return splits(self.solved, batched)
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        return _bounds(self.program)
+        lower, upper = _bounds(self.solved)
+        return lower, upper if self.ranges is None else np.minimum(upper, self.ranges.width[: len(upper)])
 
     def _configured(self, solver_args: Mapping[str, Any]) -> ConicLayer:
         cones = curved_part(self.program.cones)
@@ -213,15 +217,19 @@ class CvxpyProgram:
             flat.append(_of_declared_sign(ops, value, own))
         batched = tuple(value.ndim == 2 for value in flat)
         bounds = (ops.constant(bound, ops.widest(like)) for bound in self.bounds())
-        data = assemble(ops, self.program, self.splits(batched), flat, ops.widest(like))
+        data = assemble(ops, self.solved, self.splits(batched), flat, ops.widest(like))
         data = Problem(*data, *bounds)
         warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+        if self.ranges is not None and warm:
+            warm[1:] = self.ranges.merge(ops, *warm[1:])
         if self.elimination is not None:
             data, warm, restore = eliminate(ops, self.elimination, data, warm)
         with batch_axes(lead):
             solution = layer(ops, data, *warm)
         if self.elimination is not None:
             solution = restore(solution, layer.is_derived(solution.status))
+        if self.ranges is not None:
+            solution = self.ranges.restore(ops, solution)
         variables = (read(ops, output, solution) for output in self.program.outputs)
         variables = tuple(restore_array(ops, x, lead, like) for x in variables)
         return Solution(variables, *restore_batch(ops, solution, lead, like))
