@@ -12,7 +12,8 @@ sum of it differentiated in all parameters.
 - gradient: difference of its product with a random direction from central differences of such solutions
 - MB: most memory of the process
 
-A library that is not installed, or fails, has its error in place of numbers. Moreau is called by its native
+A library that is not installed, fails, or takes three minutes for its set-up and first call has that in
+place of numbers. Moreau is called by its native
 interface: through cvxpylayers 1.2 and cvxpy 1.9.3 it drops constraints.
 """
 
@@ -25,6 +26,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -107,6 +109,7 @@ WORKLOADS = {
     "W6": (entropy, (64,)),
 }
 REFERENCE_LANES, STEP = 4, 1e-5
+FIRST_CALL_LIMIT = 180  # seconds
 
 
 def build(workload, batch):
@@ -303,13 +306,16 @@ def compare(workload, batch, names, repeats):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         start = time.perf_counter()
         worker = subprocess.Popen(command, text=True, **pipes)
+        limit = threading.Timer(FIRST_CALL_LIMIT, worker.kill)
+        limit.start()
         line = worker.stdout.readline()
+        limit.cancel()
         if line:
             workers[name] = worker
             facts[name] = [json.loads(line) | {"setup": time.perf_counter() - start}]
         else:
-            reason = worker.stderr.read().strip().splitlines()[-1]
-            yield [workload, str(batch), name, *["-"] * 5, reason.replace("|", "/")[:60]]
+            errors = worker.stderr.read().strip().splitlines() or [f"no answer in {FIRST_CALL_LIMIT} s"]
+            yield [workload, str(batch), name, *["-"] * 5, errors[-1].replace("|", "/")[:60]]
     for _ in range(repeats):
         for name, worker in workers.items():
             worker.stdin.write("\n")
