@@ -21,7 +21,7 @@ from ..linalg.sensitivity import Regularity, prepare, solve_sensitivity
 from ..ops import Array, Ops, select
 from ..solvers.admm import ADMM
 from ..solvers.base import RUNNING, Solver, advance, conclude, run, start
-from ..solvers.choice import choose, configure
+from ..solvers.choice import AUTOMATIC, choose, configure
 from ..solvers.host import Clarabel
 from ..solvers.refinement import Point, smallest_regularization
 from ..solvers.scaling import Scaling, equilibrate
@@ -310,7 +310,7 @@ def conic_layer(
     gradient: str | Smoothed | LPGD = "exact",
 ) -> ConicLayer:
     """The layer for a choice of solver and of its settings, see `choose` and `configure`."""
-    solvers = choose(cones, linear, solver) + ((Clarabel(),) if rescue and solver is None else ())
+    solvers = choose(cones, linear, solver) + ((Clarabel(),) if rescue and solver in AUTOMATIC else ())
     solvers, eps = configure(solvers, solver_args or {})
     if isinstance(gradient, str):
         if gradient not in GRADIENTS:

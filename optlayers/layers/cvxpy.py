@@ -155,7 +155,7 @@ class CvxpyProgram:
         problem: a DPP problem, or a geometric program with `gp`.
         parameters: all its parameters; the layer takes their values in this order.
         variables: what it returns: variables, or `constraint.dual_variables[i]`.
-        solver: None chooses; or a record such as `ADMM(...)`, or a name that CVXPY knows (`cp.CLARABEL`).
+        solver: None or "auto" chooses; or a record such as `ADMM(...)`, or a name of CVXPY (`cp.CLARABEL`).
         gp: whether the problem is a geometric program.
         verbose: print a summary of the layer when it is built.
         canon_backend: CVXPY's canonicalisation backend.
@@ -165,7 +165,7 @@ class CvxpyProgram:
         on_failure: what becomes of problems without solution, or with data that are not finite or not of the
             sign that a parameter was declared to have. "raise": SolveError names them; "nan": their
             outputs are NaN; "mask": the last iterate, with zero gradient; "ignore": the last iterate.
-        rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` is None.
+        rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` was not given.
         gradient: "exact"; or, where that is zero or jumps as for linear programs, "smoothed" (`Smoothed(mu)`)
             or "lpgd" (`LPGD(tau)`).
 

@@ -29,11 +29,11 @@ def solve_box(
         q: (..., n).
         A: (..., m, n); None for a problem without constraints.
         l, u: (..., m); None for infinite. Entries beyond 1e20 count as infinite, l = u is an equality.
-        solver: None chooses; or a record such as `ADMM(...)`, or a name such as "CLARABEL".
+        solver: None or "auto" chooses; or a record such as `ADMM(...)`, or a name such as "CLARABEL".
         eps: relative residual of a solution.
         order: highest derivative order; beyond it NotImplementedError is raised.
         on_failure: "raise", "nan", "mask" or "ignore"; see `CvxpyLayer`.
-        rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` is None.
+        rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` was not given.
         gradient: "exact"; or, where that is zero or jumps as for linear programs, "smoothed" (`Smoothed(mu)`)
             or "lpgd" (`LPGD(tau)`).
         warm_start: an earlier solution to start from; problems whose entries are NaN start anew.

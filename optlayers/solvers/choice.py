@@ -22,6 +22,7 @@ ALIASES = {
     "max_iters": "max_iter",
 }
 EPS = 1e-9
+AUTOMATIC = (None, "auto")
 
 
 def choose(cones: Cones, linear: bool, solver: Any) -> tuple[Solver, ...]:
@@ -34,14 +35,14 @@ def choose(cones: Cones, linear: bool, solver: Any) -> tuple[Solver, ...]:
     equilibrated P, of size one: with 0.5 nearly all of 128 portfolios took more than 25, with 1 nine in ten,
     with 2 four; with 4 fewer still, but more of dense problems with many rows.
     """
-    if solver is None:
+    if solver in AUTOMATIC:
         if cones.rows:
             return (ADMM(),)
         return (InteriorPoint(),) if linear else (ADMM(max_iter=100, rho=2.0), InteriorPoint())
     if isinstance(solver, str):
         if solver.upper() not in NAMED:
             raise ValueError(
-                f"solver {solver!r} is unknown; expected one of {sorted(NAMED)} or a solver record"
+                f"solver {solver!r} is unknown; expected 'auto', one of {sorted(NAMED)} or a record"
             )
         return (NAMED[solver.upper()](),)
     if isinstance(solver, InteriorPoint) and cones.rows:
@@ -49,7 +50,7 @@ def choose(cones: Cones, linear: bool, solver: Any) -> tuple[Solver, ...]:
     if isinstance(solver, Solver) and not isinstance(solver, type):
         return (solver,)
     raise ValueError(
-        f"solver must be None, one of {sorted(NAMED)}, or a record such as ADMM(), got {solver!r}"
+        f"solver must be 'auto', one of {sorted(NAMED)}, or a record such as ADMM(), got {solver!r}"
     )
 
 

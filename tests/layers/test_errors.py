@@ -156,7 +156,7 @@ def test_unknown_failure_policy(frontend, family):
 
 
 def test_unknown_solver(frontend, family):
-    with pytest.raises(ValueError, match=r"solver 'ECOS' is unknown; expected one of \['ADMM'"):
+    with pytest.raises(ValueError, match=r"solver 'ECOS' is unknown; expected 'auto', one of \['ADMM'"):
         frontend.CvxpyLayer(family.problem, family.parameters, family.variables, solver="ECOS")
 
 
