@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [("polytope", "torch"), ("polytope", "jax"), ("sudoku", "torch"), ("sudoku_jax", "jax")]
-EXAMPLES += [("mpc_quadrotor", "torch")]
+EXAMPLES += [("mpc_quadrotor", "torch"), ("hvac_mpc", "torch")]
 
 
 def run(script, *options, launcher=()):
@@ -59,7 +59,17 @@ def check_mpc_quadrotor(output):
     assert loop < 1e-2  # an independent solver finds the same inputs
 
 
+def check_hvac_mpc(output):
+    table = {name: [float(entry) for entry in row] for name, row in rows(output, width=22).items()}
+    heat, error, reward, *_ = table.pop("MPC: imitation, tuned")
+    for name in ("old controller", "clone: ridge", "clone: perceptron"):
+        assert heat <= 0.9 * table[name][0]
+        assert error <= table[name][1]
+    assert reward > table["MPC: rule of thumb"][2] / 2
+
+
 CHECKS = {
+    "hvac_mpc": check_hvac_mpc,
     "mpc_quadrotor": check_mpc_quadrotor,
     "polytope": check_polytope,
     "sudoku": check_sudoku,

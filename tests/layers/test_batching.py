@@ -119,6 +119,5 @@ def test_float32_in_float32_out(layer, rng):
 def test_mixed_precision_gives_the_wider_one(layer, rng):
     values = values_with(layer, rng, (), "")
     dtypes = ("float32", "float64", "float64", "float32")
-    with layer.frontend.mixing_types():
-        (x,) = layer.solve(*map(layer.frontend.array, values, dtypes))
+    (x,) = layer.solve(*map(layer.frontend.array, values, dtypes))
     assert layer.frontend.dtype(x) == "float64"
