@@ -12,7 +12,8 @@ sum of it differentiated in all parameters.
 - gradient: difference of its product with a random direction from central differences of such solutions
 - MB: most memory of the process
 
-A library that is not installed, or fails, has its error in place of numbers. Moreau is called by its native
+A library that is not installed, fails, or takes three minutes for its set-up and first call has that in
+place of numbers. Moreau is called by its native
 interface: through cvxpylayers 1.2 and cvxpy 1.9.3 it drops constraints.
 """
 
@@ -25,6 +26,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -69,10 +71,10 @@ def predictive_control(rng, batch, horizon=10):
     gain = 0.3 * rng.standard_normal((states, inputs))
     start, X, U = cp.Parameter(states), cp.Variable((horizon + 1, states)), cp.Variable((horizon, inputs))
     step = dynamics @ X[:-1].T + gain @ U.T == X[1:].T
-    boxes = [cp.abs(U) <= 0.5, cp.abs(X[1:]) <= 4]
+    boxes = [U <= 0.5, U >= -0.5, X[1:] <= 4, X[1:] >= -4]
     cost = cp.sum_squares(X[1:]) + 0.1 * cp.sum_squares(U)
     problem = cp.Problem(cp.Minimize(cost), [X[0] == start, step, *boxes])
-    return problem, [start], U, [0.7 * rng.standard_normal((batch, states))]
+    return problem, [start], U, [0.5 * rng.standard_normal((batch, states))]
 
 
 def norm_fit(rng, batch, n=50, m=60):
@@ -107,6 +109,7 @@ WORKLOADS = {
     "W6": (entropy, (64,)),
 }
 REFERENCE_LANES, STEP = 4, 1e-5
+FIRST_CALL_LIMIT = 180  # seconds
 
 
 def build(workload, batch):
@@ -186,8 +189,9 @@ def moreau(problem, parameters, variable, values, weights):
     import torch
     from moreau.torch import Solver
 
+    from optlayers.layers.assembly import assemble, splits
     from optlayers.layers.conic import ConicSolution
-    from optlayers.layers.cvxpy import evaluate, read
+    from optlayers.layers.cvxpy import read
     from optlayers.ops import torch as ops
     from optlayers.torch import CvxpyLayer
 
@@ -212,7 +216,7 @@ def moreau(problem, parameters, variable, values, weights):
 
     def layer(*values):
         flat = [value.reshape(batch, -1) for value in values]
-        P, q, A, b, *_ = evaluate(ops, program, flat, values[0])
+        P, q, A, b = assemble(ops, made, splits(made, (True,) * len(values)), flat, values[0])
         entries = lambda M, where: M.reshape(*M.shape[:-2], -1)[..., torch.tensor(where)]
         q, b = (z.expand(batch, z.shape[-1]) for z in (q, b))
         x = solver.solve(entries(P, P_where), entries(A, A_where), q, b).x
@@ -302,13 +306,16 @@ def compare(workload, batch, names, repeats):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         start = time.perf_counter()
         worker = subprocess.Popen(command, text=True, **pipes)
+        limit = threading.Timer(FIRST_CALL_LIMIT, worker.kill)
+        limit.start()
         line = worker.stdout.readline()
+        limit.cancel()
         if line:
             workers[name] = worker
             facts[name] = [json.loads(line) | {"setup": time.perf_counter() - start}]
         else:
-            reason = worker.stderr.read().strip().splitlines()[-1]
-            yield [workload, str(batch), name, *["-"] * 5, reason.replace("|", "/")[:60]]
+            errors = worker.stderr.read().strip().splitlines() or [f"no answer in {FIRST_CALL_LIMIT} s"]
+            yield [workload, str(batch), name, *["-"] * 5, errors[-1].replace("|", "/")[:60]]
     for _ in range(repeats):
         for name, worker in workers.items():
             worker.stdin.write("\n")

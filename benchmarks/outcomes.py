@@ -77,6 +77,8 @@ def main():
         "",
         "Written by `benchmarks/outcomes.py`: the `Status` of a problem in a batch. The other problems",
         "of the batch keep their solutions to the last bit. An empty batch has an empty solution.",
+        "A `P` with a negative eigenvalue is `NON_CONVEX`, bounds `l > u` are `PRIMAL_INFEASIBLE`, values of",
+        "a sign that their parameter was declared not to have (`nonneg=True`) count as not finite.",
         "",
         *("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)),
         "",

@@ -117,3 +117,14 @@ def check(status: np.ndarray, residual: np.ndarray) -> None:
             f"(largest residual {residual.max():.1e})",
             stacklevel=2,
         )
+
+
+def warn_of_inexact_gradients(what: str, advice: str, status: np.ndarray, residual: np.ndarray) -> None:
+    """Warn where the equations of a derivative were not solved; `what` leads to the residual in the text."""
+    failed = status != Status.SOLVED.code
+    if failed.any():
+        warnings.warn(
+            f"the linear equations of the derivative were not solved for {failed.sum()} of {failed.size} "
+            f"{what} up to {residual[failed].max():.1e}): these gradients are inexact; {advice}",
+            stacklevel=2,
+        )

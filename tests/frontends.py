@@ -1,5 +1,6 @@
 """The two frontends behind one interface, so that a test is written once: NumPy in, NumPy out."""
 
+import contextlib
 import importlib
 
 import numpy as np
@@ -29,6 +30,10 @@ class Torch:
 
     def compiled(self, function):
         return function
+
+    def mixing_types(self):
+        """Within it, arrays of different types may meet."""
+        return contextlib.nullcontext()
 
     def numpy(self, x):
         return x.detach().cpu().numpy()
@@ -80,6 +85,10 @@ class Jax:
 
     def compiled(self, function):
         return self.framework.jit(function, compiler_options=self.options)
+
+    def mixing_types(self):
+        """As of `Torch`; the tests are else strict about it."""
+        return self.framework.numpy_dtype_promotion("standard")
 
     def array(self, x, dtype="float64"):
         return self.xp.asarray(np.asarray(x), dtype=dtype_of(x, dtype))

@@ -14,7 +14,7 @@ from jax import Array
 from ..docstring import continues
 from ..layers.approximate import LPGD, Smoothed
 from ..layers.conic import ConicLayer
-from ..layers.cvxpy import CvxpyProgram, Solution, name
+from ..layers.cvxpy import CvxpyProgram, Solution, faults, name
 from ..ops import jax as ops
 from ..status import SolveError
 from .checked import run_checked
@@ -101,9 +101,9 @@ class CvxpyLayer:
         try:
             return run_checked(self._compiled, program.layer(solver_args), values, warm, like)
         except SolveError as error:
-            for value, parameter in zip(values, program.parameters, strict=True):
-                if not isinstance(value, jax.core.Tracer) and not np.isfinite(value).all():
-                    error.add_note(f"parameter {name(parameter)} contains NaN or infinity")
+            if not any(isinstance(value, jax.core.Tracer) for value in values):
+                for fault in faults([np.asarray(value) for value in values], program.parameters):
+                    error.add_note(fault)
             raise
 
     @functools.cached_property

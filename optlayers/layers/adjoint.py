@@ -6,17 +6,21 @@ of w = r + A w, and of the transposed equation. Matrices (B, k) hold the flatten
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
-
-import numpy as np
 
 from ..implicit import attach
 from ..ops import Array, MatrixFreeOps
 from ..solvers.fixed_point import Broyden, FixedPointSolver, Problem, Solution, inverse_product, run
-from ..status import Status
+from ..status import Status, warn_of_inexact_gradients
+
+_UNSOLVED = partial(
+    warn_of_inexact_gradients,
+    "samples (relative residual",
+    "raise max_iter or tol of adjoint=Exact(...), or use Exact(NewtonKrylov())",
+)
 
 
 class Adjoint(Protocol):
@@ -82,7 +86,7 @@ class Exact:
             unit = r / size
             result = run(ops, solver, Problem(lambda w: unit + A(w), lambda w: A), unit, tol, max_iter)
             failed = result.residual > tol**0.5
-            return ops.reported(size * result.z, failed, _warn_of_unsolved, result.status, result.residual)
+            return ops.reported(size * result.z, failed, _UNSOLVED, result.status, result.residual)
 
         return _attach(ops, call, solution, solve, call.order)
 
@@ -189,14 +193,3 @@ def _attach(ops: MatrixFreeOps, call: Call, solution: Solution, solve: Callable,
 def is_usable(status: Array) -> Array:
     """Whether a sample has converged."""
     return status == Status.SOLVED.code
-
-
-def _warn_of_unsolved(status: np.ndarray, residual: np.ndarray) -> None:
-    failed = status != Status.SOLVED.code
-    if failed.any():
-        warnings.warn(
-            f"the linear equations of the derivative were not solved for {failed.sum()} of {failed.size} "
-            f"samples (relative residual up to {residual[failed].max():.1e}): these gradients are inexact; "
-            "raise max_iter or tol of adjoint=Exact(...), or use Exact(NewtonKrylov())",
-            stacklevel=2,
-        )

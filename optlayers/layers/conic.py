@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 from ..cones import Cones
 from ..implicit import attach
-from ..linalg.kkt import Factor, Problem, Scaled, batched, factorize, matvec
+from ..linalg.kkt import Factor, Problem, Scaled, batched, factorize, matvec, matvec_symmetric
 from ..linalg.rows import flatten, project_linearized, shapes, unflatten
 from ..linalg.sensitivity import Regularity, prepare, solve_sensitivity
 from ..ops import Array, Ops, select
 from ..solvers.admm import ADMM
 from ..solvers.base import RUNNING, Solver, advance, conclude, run, start
-from ..solvers.choice import choose, configure
+from ..solvers.choice import AUTOMATIC, choose, configure
 from ..solvers.host import Clarabel
 from ..solvers.refinement import Point, smallest_regularization
 from ..solvers.scaling import Scaling, equilibrate
@@ -89,7 +89,15 @@ class ConicSolve:
             + shapes(self.cones, batch, k)
         )
 
-    def __call__(self, ops: Ops, P, q, A, b, l, u, *warm) -> list[Array]:
+    def __call__(self, ops: Ops, *inputs: Array) -> list[Array]:
+        n = inputs[1].shape[-1]
+        outputs = ops.in_blocks(lambda *part: self._solve(ops, *part), inputs, self.input_ndims, n * n)
+        if self.check:
+            residual, status = outputs[7:9]
+            ops.on_host(check, status, residual)
+        return outputs
+
+    def _solve(self, ops: Ops, P, q, A, b, l, u, *warm) -> list[Array]:
         batch = self.output_shapes([tuple(x.shape) for x in (P, q, A, b, l, u, *warm)])[0][0][0]
         q, b, *warm = (ops.broadcast_to(x, (batch, x.shape[-1])) for x in (q, b, *warm))
         l, u = (x[None] if x.ndim == 1 else x for x in (l, u))
@@ -121,8 +129,6 @@ class ConicSolve:
             data, ndims = (*problem, *scaling), (*Problem.ndims, *Scaling.ndims)
             progress = ops.on_rows(progress.status == RUNNING, work, data, ndims, progress)
         best, status, iterations = conclude(ops, progress, self.eps)
-        if self.check:
-            ops.on_host(check, status, best.residual)
         factor, regularity = prepare(ops, self.cones, problem, best.v, self._final_factor(ops, problem, best))
         factor = _repair(ops, factor, ~is_usable(status))
         parts = (ops.broadcast_to(part, (batch, part.shape[-1])) for part in scaling)
@@ -148,21 +154,23 @@ def _repair(ops: Ops, factor: Factor, failed: Array) -> Factor:
 def _is_convex(ops: Ops, P: Array) -> Array:
     """Whether each P is positive semidefinite, up to the rounding of data computed in float32."""
     P = batched(P)
-    size = ops.amax(ops.amax(abs(P), -1), -1)[:, None, None]
+    # No entry of such a matrix is larger than the largest one of its diagonal.
+    size = ops.amax(abs(ops.diagonal(P)), -1, keepdims=True)
     shift = max(1e-6, ops.eps(P) ** 0.5) * ops.where(size > 0, size, 1.0)
-    cholesky = ops.cholesky(P + shift * batched(ops.eye(P.shape[-1], P)))
-    return ops.all(ops.all(ops.isfinite(cholesky), -1), -1)
+    cholesky = ops.cholesky(ops.add_diagonal(1.0 * P, shift))
+    return ops.all(ops.isfinite(ops.diagonal(cholesky)), -1)
 
 
 def _replace_non_finite(ops: Ops, problem: Problem) -> tuple[Problem, Array]:
     """The problem with zeros for NaN and infinity, and which problems (B,) had none."""
     finite = ops.full((problem.q.shape[0],), 1.0, problem.q) > 0
-    for data, axes in zip(problem, Problem.ndims, strict=True):
-        # Bounds may be infinite; NaN differs from itself.
-        ok = data == data if data is problem.l or data is problem.u else ops.isfinite(data)
+    for data, axes in zip(problem[:4], Problem.ndims, strict=False):
+        nothing = 0 * data  # in one pass; isfinite takes torch four
         for _ in range(axes):
-            ok = ops.all(ok, -1)
-        finite = finite & ok
+            nothing = ops.sum(nothing, -1)
+        finite = finite & (nothing == 0)
+    for bound in problem.bounds:  # may be infinite
+        finite = finite & ops.all(bound == bound, -1)
     clean = lambda *data: tuple(ops.where(ops.isfinite(x), x, 0.0) for x in data)
     data = ops.cond(ops.all(finite), lambda *data: data, clean, *problem[:4])
     l, u = (ops.where(bound == bound, bound, 0.0) for bound in problem.bounds)
@@ -265,7 +273,7 @@ def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[A
 
     def residual(z):
         x, s, y = unscale(z)
-        F1 = c * D * (matvec(P, x) + q + matvec(A.mT, y))
+        F1 = c * D * (matvec_symmetric(P, x) + q + matvec(A.mT, y))
         F = ops.concat([F1, E * (matvec(A, x) + s - b)], -1)
         return ops.where(derived, F, 0.0)
 
@@ -302,7 +310,7 @@ def conic_layer(
     gradient: str | Smoothed | LPGD = "exact",
 ) -> ConicLayer:
     """The layer for a choice of solver and of its settings, see `choose` and `configure`."""
-    solvers = choose(cones, linear, solver) + ((Clarabel(),) if rescue and solver is None else ())
+    solvers = choose(cones, linear, solver) + ((Clarabel(),) if rescue and solver in AUTOMATIC else ())
     solvers, eps = configure(solvers, solver_args or {})
     if isinstance(gradient, str):
         if gradient not in GRADIENTS:

@@ -5,100 +5,24 @@ The docstring of `CvxpyProgram` is that of the layers; each frontend adds its ex
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..canon import canonicalize
-from ..canon.program import AffineMap, Output, Program
+from ..canon.program import Output, Program
 from ..linalg.kkt import Problem
 from ..linalg.sensitivity import Regularity
 from ..ops import Array, Ops
 from ..status import batch_axes
+from .assembly import assemble, splits
 from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restore_array, restore_batch
 from .direct import curved_part, polyhedral_bounds
 from .elimination import eliminate, elimination
-
-
-class _Terms(NamedTuple):
-    """Part of an affine map: entry `positions[k]` of the flat matrix gets `coefs[k] * theta[cols[k]]`."""
-
-    positions: np.ndarray
-    cols: np.ndarray
-    coefs: np.ndarray
-
-
-class _Split(NamedTuple):
-    """An affine map for one choice of batched parameters: a constant and the terms of either kind."""
-
-    shape: tuple[int, ...]
-    constant: np.ndarray
-    shared: _Terms
-    batched: _Terms
-
-
-def _split(affine: AffineMap, is_batched: np.ndarray, column: np.ndarray) -> _Split:
-    """Split the terms of a map by whether their entry of theta is batched; `column` renumbers theta."""
-    constant = np.zeros(math.prod(affine.shape))
-    # An infinite right-hand side is expressed by the bounds of its row.
-    constant[affine.positions] = np.where(np.isinf(affine.constant), 0.0, affine.constant)
-    positions, cols = affine.positions[affine.rows], affine.cols
-
-    def terms(mask):
-        return _Terms(positions[mask], column[cols[mask]], affine.coefs[mask])
-
-    batched = is_batched[cols]
-    return _Split(affine.shape, constant, terms(~batched), terms(batched))
-
-
-@lru_cache(maxsize=64)
-def _splits(program: Program, batched: tuple[bool, ...]) -> tuple[_Split, ...]:
-    """P, q, A, b for parameters of which `batched` tells which carry a batch axis."""
-    sizes = [block.stop - block.start for block in program.blocks]
-    is_batched = np.repeat([batched[block.parameter] for block in program.blocks], sizes).astype(bool)
-    column = np.where(is_batched, np.cumsum(is_batched) - 1, np.cumsum(~is_batched) - 1)
-    return tuple(_split(m, is_batched, column) for m in (program.P, program.q, program.A, program.b))
-
-
-def _theta(ops: Ops, program: Program, values: Sequence[Array], keep: Sequence[bool]) -> Array | None:
-    """Concatenated blocks (..., p) of the parameters marked by `keep`; values have flat last axes."""
-    part = {"real": ops.real, "imag": ops.imag, "log": ops.log}
-    blocks = [part[b.part](values[b.parameter]) for b in program.blocks if keep[b.parameter]]
-    return ops.concat(blocks, -1) if blocks else None
-
-
-def evaluate(ops: Ops, program: CvxpyProgram, values: Sequence[Array], like: Array) -> Problem:
-    """The data of the program for flat parameter values (size,) or (B, size).
-
-    A matrix or vector that no batched parameter enters has no batch axis.
-    """
-    batched = tuple(value.ndim == 2 for value in values)
-    shared_theta = _theta(ops, program.program, values, [not b for b in batched])
-    batched_theta = _theta(ops, program.program, values, batched)
-
-    def build(split: _Split) -> Array:
-        flat, size = ops.constant(split.constant, like), split.constant.size
-        for terms, theta in ((split.shared, shared_theta), (split.batched, batched_theta)):
-            if len(terms.cols):
-                coefs = _row(ops.constant(terms.coefs, like), theta)
-                picked = ops.take(theta, ops.constant(terms.cols, like)) * coefs
-                part = ops.scatter_add(picked, ops.constant(terms.positions, like), size)
-                flat = _row(flat, part) + part
-        return ops.reshape(flat, (*flat.shape[:-1], *split.shape))
-
-    P, q, A, b = (build(split) for split in program.splits(batched))
-    lower, upper = (ops.constant(bound, like) for bound in program.bounds())
-    return Problem(P, q, A, b, lower, upper)
-
-
-def _row(x: Array, like: Array) -> Array:
-    """The vector `x` with as many axes as `like`, which JAX can be told to insist on."""
-    return x[None] if x.ndim < like.ndim else x
+from .ranges import ranges
 
 
 def _bounds(program: Program) -> tuple[np.ndarray, np.ndarray]:
@@ -162,6 +86,37 @@ def name(parameter: Any) -> str:
     return f"{parameter.name()} {tuple(parameter.shape)}"
 
 
+SIGNS = {"nonneg": 1, "pos": 1, "nonpos": -1, "neg": -1}
+SIGN_TOLERANCE = 1e-10  # CVXPY's own
+
+
+def _declared(parameter: Any) -> tuple[str, int] | None:
+    """The attribute that tells the sign of a parameter, and the sign."""
+    return next(((key, sign) for key, sign in SIGNS.items() if parameter.attributes[key]), None)
+
+
+def _of_declared_sign(ops: Ops, value: Array, parameter: Any) -> Array:
+    """`value` with NaN for entries of a sign that the parameter was declared not to have.
+
+    Its problem was found convex on that word: for other values the program is another one.
+    """
+    declared = _declared(parameter)
+    if declared is None:
+        return value
+    return ops.where(declared[1] * value >= -SIGN_TOLERANCE, value, ops.nan)
+
+
+def faults(values: Sequence[np.ndarray], parameters: Sequence[Any]) -> Iterator[str]:
+    """What makes values of parameters unusable, a sentence for each parameter that has such."""
+    for value, parameter in zip(values, parameters, strict=True):
+        declared = _declared(parameter)
+        if not np.isfinite(value).all():
+            yield f"parameter {name(parameter)} contains NaN or infinity"
+        elif declared and (declared[1] * value < -SIGN_TOLERANCE).any():
+            worst = declared[1] * (declared[1] * value).min()
+            yield f"parameter {name(parameter)} was declared with {declared[0]}=True, but contains {worst:g}"
+
+
 class Solution(NamedTuple):
     """Result of `CvxpyLayer.solve`; every field has the batch axes of the parameters in front.
 
@@ -200,16 +155,17 @@ class CvxpyProgram:
         problem: a DPP problem, or a geometric program with `gp`.
         parameters: all its parameters; the layer takes their values in this order.
         variables: what it returns: variables, or `constraint.dual_variables[i]`.
-        solver: None chooses; or a record such as `ADMM(...)`, or a name that CVXPY knows (`cp.CLARABEL`).
+        solver: None or "auto" chooses; or a record such as `ADMM(...)`, or a name of CVXPY (`cp.CLARABEL`).
         gp: whether the problem is a geometric program.
         verbose: print a summary of the layer when it is built.
         canon_backend: CVXPY's canonicalisation backend.
         solver_args: settings of the solver: `eps`, the relative residual of a solution, `max_iter`, and the
             fields of the solver's record; for a host solver also the options of its library.
         order: highest derivative order; beyond it NotImplementedError is raised.
-        on_failure: what becomes of problems without solution. "raise": SolveError names them; "nan": their
+        on_failure: what becomes of problems without solution, or with data that are not finite or not of the
+            sign that a parameter was declared to have. "raise": SolveError names them; "nan": their
             outputs are NaN; "mask": the last iterate, with zero gradient; "ignore": the last iterate.
-        rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` is None.
+        rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` was not given.
         gradient: "exact"; or, where that is zero or jumps as for linear programs, "smoothed" (`Smoothed(mu)`)
             or "lpgd" (`LPGD(tau)`).
 
@@ -223,7 +179,9 @@ class CvxpyProgram:
         start = time.perf_counter()
         self.parameters, self.variables = tuple(parameters), tuple(variables)
         self.program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
-        self.elimination = elimination(self.program)
+        self.ranges = ranges(self.program)
+        self.solved = self.program if self.ranges is None else self.ranges.program
+        self.elimination = elimination(self.solved)
         self.solver_args = dict(solver_args or {})
         self._choices = dict(choices)
         self._layer = self._configured({})
@@ -234,11 +192,12 @@ class CvxpyProgram:
         return self._configured(solver_args) if solver_args else self._layer
 
     # Frontends may compile what calls these two; they are functions of constants, to be run and not traced.
-    def splits(self, batched: tuple[bool, ...]) -> tuple[_Split, ...]:
-        return _splits(self.program, batched)
+    def splits(self, batched: tuple[bool, ...]) -> tuple[Any, ...]:
+        return splits(self.solved, batched)
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        return _bounds(self.program)
+        lower, upper = _bounds(self.solved)
+        return lower, upper if self.ranges is None else np.minimum(upper, self.ranges.width[: len(upper)])
 
     def _configured(self, solver_args: Mapping[str, Any]) -> ConicLayer:
         cones = curved_part(self.program.cones)
@@ -254,15 +213,23 @@ class CvxpyProgram:
         flat = []
         for value, own in zip(values, self.parameters, strict=True):
             value = flatten_batch(ops, value, own.ndim)
-            flat.append(ops.widest(ops.reshape(value, (*value.shape[: value.ndim - own.ndim], own.size))))
-        data = evaluate(ops, self, flat, ops.widest(like))
+            value = ops.widest(ops.reshape(value, (*value.shape[: value.ndim - own.ndim], own.size)))
+            flat.append(_of_declared_sign(ops, value, own))
+        batched = tuple(value.ndim == 2 for value in flat)
+        bounds = (ops.constant(bound, ops.widest(like)) for bound in self.bounds())
+        data = assemble(ops, self.solved, self.splits(batched), flat, ops.widest(like))
+        data = Problem(*data, *bounds)
         warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+        if self.ranges is not None and warm:
+            warm[1:] = self.ranges.merge(ops, *warm[1:])
         if self.elimination is not None:
             data, warm, restore = eliminate(ops, self.elimination, data, warm)
         with batch_axes(lead):
             solution = layer(ops, data, *warm)
         if self.elimination is not None:
             solution = restore(solution, layer.is_derived(solution.status))
+        if self.ranges is not None:
+            solution = self.ranges.restore(ops, solution)
         variables = (read(ops, output, solution) for output in self.program.outputs)
         variables = tuple(restore_array(ops, x, lead, like) for x in variables)
         return Solution(variables, *restore_batch(ops, solution, lead, like))

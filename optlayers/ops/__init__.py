@@ -112,6 +112,14 @@ class Ops(Protocol):
         """Sum of `values` (..., k) into a last axis of length `size`, entry j at `indices[j]`."""
         ...
 
+    def diagonal(self, x: Array) -> Array:
+        """The diagonals (..., n) of matrices (..., n, n)."""
+        ...
+
+    def add_diagonal(self, x: Array, values: Any) -> Array:
+        """`x` plus diagonal matrices, `values` a number or (..., n). torch writes into `x`, a temporary."""
+        ...
+
     def cholesky(self, x: Array) -> Array:
         """Lower factor of each matrix; NaN throughout where it is not positive definite."""
         ...
@@ -158,6 +166,16 @@ class Ops(Protocol):
 
         Args:
             ndims: numbers of axes of the data; one axis more, in front, is the batch, of length B or 1.
+        """
+        ...
+
+    def in_blocks(
+        self, function: Callable, arrays: Sequence[Array], ndims: Sequence[int], size: int
+    ) -> list[Array]:
+        """`function(*arrays)` for a batch, on a CPU in blocks of rows that its caches can hold.
+
+        Arrays with more axes than `ndims` have a row for each problem; `size` numbers are the largest array
+        of a problem. Batches that share their matrices are not cut, as the work on these would be repeated.
         """
         ...
 

@@ -91,10 +91,19 @@ def scatter_add(values, indices, size):
     return zeros.at[..., indices].add(values)
 
 
+def diagonal(x):
+    return jnp.diagonal(x, axis1=-2, axis2=-1)
+
+
+def add_diagonal(x, values):
+    identity = jnp.eye(x.shape[-1], dtype=x.dtype).reshape((1,) * (x.ndim - 2) + x.shape[-2:])
+    return x + jnp.broadcast_to(values, x.shape[:-1]).astype(x.dtype)[..., None] * identity
+
+
 def cholesky(x):
     factor = lax.linalg.cholesky(x, symmetrize_input=False)
     # NaN need not reach the diagonal's start, nor the other triangle, by itself.
-    failed = jnp.isnan(jnp.diagonal(factor, axis1=-2, axis2=-1)).any(-1)
+    failed = jnp.isnan(diagonal(factor)).any(-1)
     return jnp.where(failed[..., None, None], jnp.nan, factor)
 
 
@@ -342,6 +351,10 @@ def _in_any_call(condition):
 @_in_any_call.def_vmap
 def _(axis_size, in_batched, condition):
     return _in_any_call(jnp.any(condition, 0) if in_batched[0] else condition), False
+
+
+def in_blocks(function, arrays, ndims, size):
+    return function(*arrays)
 
 
 def cond_or_both(condition, both, false, operand):

@@ -129,6 +129,15 @@ def scatter_add(values, indices, size):
     return torch.index_add(zeros, -1, indices, values)
 
 
+def diagonal(x):
+    return torch.diagonal(x, dim1=-2, dim2=-1)
+
+
+def add_diagonal(x, values):
+    torch.diagonal(x, dim1=-2, dim2=-1).add_(values)
+    return x
+
+
 def cholesky(x):
     # cholesky_ex reports failure in `info` without a device synchronisation.
     factor, info = torch.linalg.cholesky_ex(x)
@@ -204,6 +213,25 @@ def on_rows(mask, function, data, ndims, state):
     result = function(part, torch.utils._pytree.tree_map(take, state))
     put = lambda old, new: torch.index_copy(old, 0, rows, new) if len(old) == len(mask) else new
     return torch.utils._pytree.tree_map(put, state, result)
+
+
+# Of the largest array. With 0.5 or 4 MiB dense problems of 100 variables take 10 % longer, uncut 40 %.
+BLOCK_BYTES = 2**21
+
+
+def in_blocks(function, arrays, ndims, size):
+    is_batched = [x.ndim > own for x, own in zip(arrays, ndims, strict=False)]
+    batch = max([len(x) for x, batched in zip(arrays, is_batched, strict=True) if batched], default=1)
+    has_matrices = builtins.any(batched and own > 1 for batched, own in zip(is_batched, ndims, strict=False))
+    count = -(-batch * size * arrays[0].element_size() // BLOCK_BYTES)
+    if count < 2 or not has_matrices or arrays[0].device.type != "cpu":
+        return function(*arrays)
+    parts = [
+        x.tensor_split(min(count, batch)) if len(x) == batch and batched else [x] * count
+        for x, batched in zip(arrays, is_batched, strict=True)
+    ]
+    results = [function(*part) for part in zip(*parts, strict=False)]
+    return [torch.cat(outputs) for outputs in zip(*results, strict=True)]
 
 
 def cond_or_both(condition, both, false, operand):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..cones import Cones
-from ..linalg.kkt import Problem, batched, matvec, norm
+from ..linalg.kkt import Problem, batched, matvec, matvec_symmetric, norm
 from ..linalg.rows import gram, project
 from ..ops import Array, Ops
 from .base import Direction
@@ -26,12 +26,14 @@ class _Factor(NamedTuple):
     """(P + sigma I + A' R A)^-1 = V (1 + rho values)^-1 V'.
 
     values (1, n), V (B, n, n) and U = A V (B, m, n), of which the batch shares one where it shares P, A and
-    the ratios of the penalties: V then diagonalises for every rho. Else the values are zero.
+    the ratios of the penalties: V then diagonalises for every rho. Else the values are zero, and there is
+    U U' (B, m, m) unless that is larger than V and U.
     """
 
     values: Array
     V: Array
     U: Array
+    UUt: tuple[Array, ...]
 
 
 class _AdmmState(NamedTuple):
@@ -82,18 +84,21 @@ class ADMM:
     def step(self, ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> _AdmmState:
         """`check_every` iterations, after adapting the penalty."""
         state = self._adapt(ops, cones, problem, state)
-        R, (values, V, U) = self._penalties(ops, problem, state.rho), state.factor
+        R, (values, V, U, UUt) = self._penalties(ops, problem, state.rho), state.factor
         inverse = 1 / (1 + state.rho * values)
-        center = matvec(V.mT, self.sigma * state.x - problem.q)
+        center = inverse * matvec(V.mT, self.sigma * state.x - problem.q)
+        moved = matvec(U, center)
+        # A times what a force on the rows adds to x
+        response = lambda r: matvec_symmetric(*UUt, r) if UUt else matvec(U, inverse * matvec(U.mT, r))
 
         def iterate(carry):
             w, _ = carry
             s = project(ops, cones, problem.bounds, w)
-            xi = inverse * (center + matvec(U.mT, R * (problem.b - 2 * s + w)))
-            return w + self.alpha * (problem.b - matvec(U, xi) - s), xi
+            force = R * (problem.b - 2 * s + w)
+            return w + self.alpha * (problem.b - moved - response(force) - s), force
 
-        w, xi = ops.repeat(self.check_every, iterate, (state.w, center))
-        x = matvec(V, xi)
+        w, force = ops.repeat(self.check_every, iterate, (state.w, state.w))
+        x = matvec(V, center + inverse * matvec(U.mT, force))
         y, y_old = (R * (project(ops, cones, problem.bounds, w) - w) for w in (w, state.w))
         return state._replace(x=x, w=w, dx=x - state.x, dy=y - y_old)
 
@@ -113,7 +118,8 @@ class ADMM:
         """Balance the relative residuals (Stellato et al. 2020, section 5.2)."""
         s = project(ops, cones, problem.bounds, state.w)
         y = self._penalties(ops, problem, state.rho) * (s - state.w)
-        Ax, Px, Aty = matvec(problem.A, state.x), matvec(problem.P, state.x), matvec(problem.A.mT, y)
+        Ax, Aty = matvec(problem.A, state.x), matvec(problem.A.mT, y)
+        Px = matvec_symmetric(problem.P, state.x)
         largest = lambda *arrays: sum_of_norms(ops, arrays)
         primal = norm(ops, Ax + s - problem.b) / largest(Ax, s, problem.b)
         dual = norm(ops, Px + problem.q + Aty) / largest(Px, problem.q, Aty)
@@ -141,17 +147,16 @@ class ADMM:
         Shared, L L' = P + sigma I, L^-1 A'R_1 A L^-T = Q Lambda Q' (R = rho R_1) and V = L^-T Q.
         """
         n, is_shared = problem.P.shape[-1], self._is_shared(problem)
-        matrix = problem.P + self.sigma * (ops.eye(n, rho) if problem.P.ndim == 2 else ops.eye(n, rho)[None])
         R = self._penalties(ops, problem, ops.full((1, 1), 1.0, rho) if is_shared else rho)
-        if not is_shared:
-            matrix = batched(matrix) + gram(ops, problem.A, R)
-        V = ops.inverse_triangular(ops.cholesky(matrix)).mT
+        matrix = 1.0 * problem.P if is_shared else batched(problem.P) + gram(ops, problem.A, R)
+        V = ops.inverse_triangular(ops.cholesky(ops.add_diagonal(matrix, self.sigma))).mT
         if is_shared:
             half = problem.A @ V
             values, Q = ops.eigh(half.mT @ (R[0][:, None] * half))
             V = V @ Q
-            return _Factor(values[None], V[None], (problem.A @ V)[None])
-        return _Factor(ops.full((1, n), 0.0, rho), V, batched(problem.A) @ V)
+            return _Factor(values[None], V[None], (problem.A @ V)[None], ())
+        U = batched(problem.A) @ V
+        return _Factor(ops.full((1, n), 0.0, rho), V, U, (U @ U.mT,) if U.shape[-2] <= 2 * n else ())
 
 
 def sum_of_norms(ops: Ops, arrays) -> Array:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..cones import Cones
-from ..linalg.kkt import Factor, Problem, matvec, norm
+from ..linalg.kkt import Factor, Problem, matvec, matvec_symmetric, norm
 from ..linalg.rows import linearize, recession, support
 from ..ops import Array, Ops
 from ..status import Status
@@ -156,7 +156,8 @@ def certify(ops: Ops, cones: Cones, problem: Problem, direction: Direction, eps:
     dx, dy = direction
     y_size, x_size = norm(ops, dy), norm(ops, dx)
     tiny = ops.eps(dx)
-    Aty, Ax, Px = matvec(problem.A.mT, dy), matvec(problem.A, dx), matvec(problem.P, dx)
+    Aty, Ax = matvec(problem.A.mT, dy), matvec(problem.A, dx)
+    Px = matvec_symmetric(problem.P, dx)
     least, outside = support(ops, cones, problem.bounds, dy)
     primal = (
         (y_size > tiny)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..cones import Cones
-from ..linalg.kkt import Problem, batched, matvec
+from ..linalg.kkt import Problem, batched, matvec, matvec_symmetric
 from ..linalg.rows import gram
 from ..ops import Array, Ops, select
 from .base import Direction
@@ -245,7 +245,7 @@ def _cost_scale(ops: Ops, problem: Problem) -> Array:
 
 
 def _with_residuals(ops: Ops, problem: Problem, sides: _Sides, state: _State) -> _State:
-    gradient = sides.cost * (matvec(problem.P, state.x) + problem.q)
+    gradient = sides.cost * (matvec_symmetric(problem.P, state.x) + problem.q)
     r_sides = _spread(ops, matvec(problem.A, state.x)) + state.t - sides.h
     r_dual = gradient + matvec(problem.A.mT, _gather(state.z))
     return state._replace(r_dual=r_dual, r_sides=(sides.open + sides.equal) * r_sides)
@@ -258,10 +258,9 @@ def _residual(ops: Ops, state: _State) -> Array:
 def _factorize(ops: Ops, problem: Problem, sides: _Sides, state: _State) -> _System:
     opposing = ops.where(sides.open > 0, state.t + state.delta * state.z, state.delta)
     weights = ops.where(sides.open > 0, state.z, sides.equal) / opposing
-    W, rho = _gather(weights, 1), (state.rho * state.boost)[..., None]
-    P, identity = (batched(M) for M in (problem.P, ops.eye(state.x.shape[-1], state.x)))
-    cholesky = ops.cholesky(sides.cost[..., None] * P + rho * identity + gram(ops, problem.A, W))
-    return _System(cholesky, rho, weights[:, None])
+    W, rho = _gather(weights, 1), state.rho * state.boost
+    matrix = sides.cost[..., None] * batched(problem.P) + gram(ops, problem.A, W)
+    return _System(ops.cholesky(ops.add_diagonal(matrix, rho)), rho[..., None], weights[:, None])
 
 
 def _least_mu(ops: Ops, sides: _Sides, state: _State, mu: Array) -> Array:

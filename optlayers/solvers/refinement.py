@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..cones import Cones
-from ..linalg.kkt import Factor, Problem, factorize, matvec, norm, solve_refined
+from ..linalg.kkt import Factor, Problem, factorize, matvec, matvec_symmetric, norm, solve_refined
 from ..linalg.rows import project
 from ..ops import Array, Ops, select
 from .scaling import Scaling
@@ -32,7 +32,8 @@ def evaluate(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Arra
     zero: tiny data are as accurate as others. The dual one likewise, with q and A'y.
     """
     s = project(ops, cones, problem.bounds, v)
-    Px, Aty, Ax = matvec(problem.P, x), matvec(problem.A.mT, s - v), matvec(problem.A, x)
+    Px = matvec_symmetric(problem.P, x)
+    Aty, Ax = matvec(problem.A.mT, s - v), matvec(problem.A, x)
     F = Px + problem.q + Aty, Ax + s - problem.b
     dual_unit, primal_unit = 1 / (scaling.c * scaling.D), 1 / scaling.E
     dual = _relative(ops, F[0] * dual_unit, problem.q * dual_unit, Aty * dual_unit)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..cones import Cones
-from ..linalg.kkt import Problem, matvec
+from ..linalg.kkt import Problem, matvec, matvec_symmetric
 from ..ops import Array, Ops
 
 
@@ -40,15 +40,15 @@ def equilibrate(
     def balance(state):
         D, E = state
         D2, E2 = D * D, E * E
-        columns = D2 * (matvec(P2, D2) + matvec(A2.mT, E2))
+        columns = D2 * (matvec_symmetric(P2, D2) + matvec(A2.mT, E2))
         rows = _cone_means(ops, cones, E2 * matvec(A2, D2))
         return D * _inverse_fourth_root(ops, columns), E * _inverse_fourth_root(ops, rows)
 
     D, E = ops.repeat(passes, balance, (D, E))
-    P, A, q = _scale_matrix(problem.P, D, D), _scale_matrix(problem.A, E, D), D * problem.q
-    c = _cost_scale(ops, P, q, linear)
-    if not linear:
-        P = P * (c[..., None] if P.ndim == 3 else c[:1])
+    q, is_shared = D * problem.q, problem.P.ndim == 2 and batch == 1
+    columns = None if linear else D * ops.sqrt(matvec_symmetric(P2, D * D))
+    c = _cost_scale(ops, columns, q, is_shared)
+    P, A = _scale_matrix(problem.P, D if linear else c * D, D), _scale_matrix(problem.A, E, D)
     if cones.rows:
         beta = _size(ops, E * problem.b, c * q, linear)
         D, E, c, q = beta * D, E / beta, c / (beta if linear else beta**2), beta * q
@@ -66,13 +66,12 @@ def _size(ops: Ops, b: Array, q: Array, linear: bool) -> Array:
     return ops.where(size > 0, size, 1.0)
 
 
-def _cost_scale(ops: Ops, P: Array, q: Array, linear: bool) -> Array:
-    """1 / max(mean column norm of P, |q|), (B, 1); from P alone, (1, 1), where the batch shares P."""
+def _cost_scale(ops: Ops, columns: Array | None, q: Array, is_shared: bool) -> Array:
+    """1 / max(mean of the column norms of P, |q|), (B, 1); from P alone, (1, 1), where the batch shares P."""
     size = ops.amax(abs(q), -1, keepdims=True)
-    if not linear:
-        columns = ops.sqrt(ops.sum(P * P, -1))
-        mean = ops.reshape(ops.sum(columns, -1) / max(P.shape[-1], 1), (-1, 1))
-        size = mean if P.ndim == 2 else ops.maximum(mean, size)
+    if columns is not None:
+        mean = ops.sum(columns, -1, keepdims=True) / max(columns.shape[-1], 1)
+        size = mean if is_shared else ops.maximum(mean, size)
     return 1 / ops.where(size > 0, size, 1.0)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..docstring import continues
 from ..layers.approximate import LPGD, Smoothed
-from ..layers.cvxpy import CvxpyProgram, Solution, name
+from ..layers.cvxpy import CvxpyProgram, Solution, faults, name
 from ..ops import torch as ops
 from ..status import SolveError
 
@@ -101,9 +101,8 @@ class CvxpyLayer(torch.nn.Module):
         try:
             return program.solve(ops, program.layer(solver_args), params, warm, like)
         except SolveError as error:
-            for value, parameter in zip(params, program.parameters, strict=True):
-                if not torch.isfinite(value).all():
-                    error.add_note(f"parameter {name(parameter)} contains NaN or infinity")
+            for fault in faults([value.numpy(force=True) for value in params], program.parameters):
+                error.add_note(fault)
             raise
 
     def summary(self) -> str:

@@ -209,6 +209,15 @@ CASES = {
         lambda ops, x: ops.scatter_add(x, indices(ops, [], x), 3), lambda x: np.zeros((2, 3)), normal(2, 0)
     )
     + each(lambda ops, x: ops.scatter_add(x, indices(ops, [], x), 0), lambda x: x, normal(2, 0)),
+    "diagonal": each(lambda ops, x: ops.diagonal(x), lambda x: np.diagonal(x, axis1=-2, axis2=-1), *SQUARES),
+    "add_diagonal": each(
+        lambda ops, x: ops.add_diagonal(2.0 * x, 3.0), lambda x: 2 * x + 3 * np.eye(x.shape[-1]), *SQUARES
+    )
+    + each(
+        lambda ops, x: ops.add_diagonal(2.0 * x, ops.sum(x, -1)),
+        lambda x: 2 * x + x.sum(-1)[..., None] * np.eye(x.shape[-1]),
+        *SQUARES,
+    ),
     "cholesky": each(lambda ops, x: ops.cholesky(x + x.mT), lambda x: np.linalg.cholesky(x + x.mT), *SQUARES),
     "cholesky_solve": each(
         lambda ops, x, y: ops.cholesky_solve(ops.cholesky(x + x.mT), y),
@@ -972,6 +981,24 @@ def test_on_rows(ops, framework, masked):
     expected = np.where(mask[:, None], data[0] + 2 * np.arange(2.0), 0.0)
     for actual, wanted in zip(result, (expected, state[1]), strict=True):
         assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 64, 200, 10**6])
+def test_in_blocks(ops, framework, rng, monkeypatch, block_bytes):
+    """The same as all at once, and nothing larger than asked for where torch can do with less."""
+    monkeypatch.setattr(ops, "BLOCK_BYTES", block_bytes, raising=False)
+    M, x, shared = rng.normal(size=(7, 2, 2)), rng.normal(size=(7, 2)), rng.normal(size=2)
+    sizes = []
+
+    def work(M, x, shared):
+        sizes.append(len(M))
+        return [x + shared[None], (M @ x[..., None])[..., 0]]
+
+    arrays = [framework.array(z) for z in (M, x, shared)]
+    assert_all_close(ops.in_blocks(work, arrays, (2, 1, 1), 4), [x + shared, (M @ x[..., None])[..., 0]])
+    assert sum(sizes) == 7
+    if ops.__name__.endswith("torch"):
+        assert max(sizes) <= max(block_bytes // 32, 1)
 
 
 # Increments

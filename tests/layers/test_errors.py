@@ -1,5 +1,7 @@
 """Misuse raises ValueError that names the offender; failed problems are named, or masked, one by one."""
 
+import re
+
 import cvxpy as cp
 import numpy as np
 import pytest
@@ -88,6 +90,22 @@ def test_non_finite_value_is_named(frontend, layer, values, position, bad):
     np.testing.assert_array_equal(error.value.status == Status.NON_FINITE.code, expected)
 
 
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("attribute, sign", [("nonneg", 1), ("neg", -1)])
+def test_value_of_a_sign_that_was_excluded(frontend, attribute, sign):
+    """The problem is convex for values of the declared sign only; the others of the batch are solved."""
+    x, weight = cp.Variable(2), cp.Parameter(name="weight", **{attribute: True})
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - 3)), [sign * weight * cp.sum_squares(x) <= 1])
+    weights = frontend.array([2.0 * sign, -0.1 * sign])
+    note = rf"weight \(\) was declared with {attribute}=True, but contains {-0.1 * sign:g}"
+    with pytest.raises(SolveError, match=r"1 of 2 problems") as error:
+        frontend.CvxpyLayer(problem, [weight], [x])(weights)
+    assert re.search(note, error.value.__notes__[0])
+    solution = frontend.CvxpyLayer(problem, [weight], [x], on_failure="nan").solve(weights)
+    assert frontend.numpy(solution.status).tolist() == [Status.SOLVED.code, Status.NON_FINITE.code]
+    np.testing.assert_allclose(frontend.numpy(solution.variables[0]), [[0.5, 0.5], [np.nan] * 2], rtol=1e-8)
+
+
 def test_call_after_an_error_works(frontend, layer, values):
     expected = call(frontend, layer, values)
     with pytest.raises(ValueError):
@@ -138,7 +156,7 @@ def test_unknown_failure_policy(frontend, family):
 
 
 def test_unknown_solver(frontend, family):
-    with pytest.raises(ValueError, match=r"solver 'ECOS' is unknown; expected one of \['ADMM'"):
+    with pytest.raises(ValueError, match=r"solver 'ECOS' is unknown; expected 'auto', one of \['ADMM'"):
         frontend.CvxpyLayer(family.problem, family.parameters, family.variables, solver="ECOS")
 
 

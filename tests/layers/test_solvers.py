@@ -15,7 +15,7 @@ FAMILIES = {"qp": qp, "lp": lp} | {
     for name in ("norm_ball", "sdp", "exponential_cones", "power_cones", "generalised_power_cones")
 }
 SOLVERS = ("ADMM", "InteriorPoint", "Clarabel", "SCS", "OSQP")
-NAMES = (cp.CLARABEL, cp.SCS, cp.OSQP, cp.DIFFCP, "ADMM", "osqp", "Scs")
+NAMES = ("auto", cp.CLARABEL, cp.SCS, cp.OSQP, cp.DIFFCP, "ADMM", "osqp", "Scs")
 LINEAR_ONLY = ("InteriorPoint", "OSQP")
 
 

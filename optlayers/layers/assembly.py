@@ -1,0 +1,145 @@
+"""The data P, q, A, b of a program from the values of its parameters, by few operations on whole arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from ..canon.program import AffineMap, Program
+from ..ops import Array, Ops
+
+
+class _Terms(NamedTuple):
+    """Part of an affine map: entry `positions[k]` of the flat matrix gets `coefs[k] * theta[cols[k]]`.
+
+    Without positions there is one term for each entry in turn, which is much faster than scattering them.
+    Here theta is a few of its blocks; without cols all of it, in turn. Equal coefficients are one number.
+    """
+
+    blocks: slice
+    positions: np.ndarray | None
+    cols: np.ndarray | None
+    coefs: np.ndarray | float
+
+
+class _Split(NamedTuple):
+    """An affine map for one choice of batched parameters: a constant and the terms of either kind."""
+
+    shape: tuple[int, ...]
+    constant: np.ndarray | None
+    shared: tuple[_Terms, ...]
+    batched: tuple[_Terms, ...]
+
+
+def _terms(positions: np.ndarray, cols: np.ndarray, coefs: np.ndarray, size: int, edges: np.ndarray):
+    """The terms, in layers of one for each of `size` entries if few layers are at least half full.
+
+    `edges` are the columns where blocks of theta start, and their end.
+    """
+    if not len(cols):
+        return ()
+    # Of several terms of an entry first the one that continues a range, as in a matrix and its transpose.
+    order = np.lexsort((cols - cols.min() != positions, positions))
+    positions, cols, coefs = positions[order], cols[order], coefs[order]
+    layer = np.arange(len(cols)) - np.searchsorted(positions, positions)
+    count = 1 + layer.max()
+    if count * size > 2 * len(cols):
+        return (_within_blocks(positions, cols, coefs, edges),)
+    layers_of_cols, layers_of_coefs = np.full((count, size), cols[0]), np.zeros((count, size))
+    layers_of_cols[layer, positions], layers_of_coefs[layer, positions] = cols, coefs
+    return tuple(
+        _within_blocks(None, *pair, edges) for pair in zip(layers_of_cols, layers_of_coefs, strict=True)
+    )
+
+
+def _within_blocks(
+    positions: np.ndarray | None, cols: np.ndarray, coefs: np.ndarray, edges: np.ndarray
+) -> _Terms:
+    first, last = np.searchsorted(edges, [cols.min(), cols.max()], "right")
+    start, stop = edges[first - 1], edges[last]
+    is_all = np.array_equal(cols, np.arange(start, stop))
+    is_equal = bool((coefs == coefs[0]).all())
+    span, number = slice(int(first) - 1, int(last)), float(coefs[0])
+    return _Terms(span, positions, None if is_all else cols - start, number if is_equal else coefs)
+
+
+def _split(
+    affine: AffineMap, is_batched: np.ndarray, column: np.ndarray, edges: Sequence[np.ndarray]
+) -> _Split:
+    """Split the terms of a map by whether their entry of theta is batched; `column` renumbers theta."""
+    constant = np.zeros(math.prod(affine.shape))
+    # An infinite right-hand side is expressed by the bounds of its row.
+    constant[affine.positions] = np.where(np.isinf(affine.constant), 0.0, affine.constant)
+    positions, cols = affine.positions[affine.rows], affine.cols
+
+    def terms(mask, edges):
+        return _terms(positions[mask], column[cols[mask]], affine.coefs[mask], constant.size, edges)
+
+    batched = is_batched[cols]
+    parts = terms(~batched, edges[0]), terms(batched, edges[1])
+    return _Split(affine.shape, constant if constant.any() or not any(parts) else None, *parts)
+
+
+@lru_cache(maxsize=64)
+def splits(program: Program, batched: tuple[bool, ...]) -> tuple[_Split, ...]:
+    """P, q, A, b for parameters of which `batched` tells which carry a batch axis."""
+    sizes = np.array([block.stop - block.start for block in program.blocks], int)
+    kinds = np.array([batched[block.parameter] for block in program.blocks], bool)
+    is_batched = np.repeat(kinds, sizes)
+    column = np.where(is_batched, np.cumsum(is_batched) - 1, np.cumsum(~is_batched) - 1)
+    edges = [np.append(0, np.cumsum(sizes[kinds == kind])) for kind in (False, True)]
+    return tuple(_split(m, is_batched, column, edges) for m in (program.P, program.q, program.A, program.b))
+
+
+def _theta(ops: Ops, program: Program, values: Sequence[Array], keep: Sequence[bool]) -> list[Array]:
+    """The blocks (..., size) of the parameters marked by `keep`; values have flat last axes."""
+    part = {"real": ops.real, "imag": ops.imag, "log": ops.log}
+    return [part[b.part](values[b.parameter]) for b in program.blocks if keep[b.parameter]]
+
+
+def assemble(
+    ops: Ops, program: Program, splits: Sequence[_Split], values: Sequence[Array], like: Array
+) -> list[Array]:
+    """P, q, A, b of the program for flat parameter values (size,) or (B, size).
+
+    A matrix or vector that no batched parameter enters has no batch axis.
+    """
+    batched = [value.ndim == 2 for value in values]
+    shared_theta = _theta(ops, program, values, [not b for b in batched])
+    batched_theta = _theta(ops, program, values, batched)
+
+    def build(split: _Split) -> Array:
+        pairs = [(terms, shared_theta) for terms in split.shared]
+        pairs += [(terms, batched_theta) for terms in split.batched]
+        parts = [_contribution(ops, terms, theta, math.prod(split.shape)) for terms, theta in pairs]
+        if split.constant is not None:
+            parts.insert(0, ops.constant(split.constant, like))
+        flat = parts[0]
+        for part in parts[1:]:
+            flat = _row(flat, part) + part
+        return ops.reshape(flat, (*flat.shape[:-1], *split.shape))
+
+    return [build(split) for split in splits]
+
+
+def _contribution(ops: Ops, terms: _Terms, theta: Sequence[Array], size: int) -> Array:
+    """The sum (..., size) of the terms for each entry of a matrix."""
+    span, positions, cols, coefs = terms
+    blocks = theta[span]
+    picked = blocks[0] if len(blocks) == 1 else ops.concat(blocks, -1)
+    if cols is not None:
+        picked = ops.take(picked, ops.constant(cols, picked))
+    if isinstance(coefs, np.ndarray):
+        picked = picked * _row(ops.constant(coefs, picked), picked)
+    elif coefs != 1:
+        picked = coefs * picked
+    return picked if positions is None else ops.scatter_add(picked, ops.constant(positions, picked), size)
+
+
+def _row(x: Array, like: Array) -> Array:
+    """The vector `x` with as many axes as `like`, which JAX can be told to insist on."""
+    return x[None] if x.ndim < like.ndim else x
