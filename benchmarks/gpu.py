@@ -155,9 +155,7 @@ def rows(name, device, batch, size):
         few = host.calls(problem, parameters, variable, [value[:CHECKED] for value in values], weights)
         pairs = [(x, few[0]()), *zip(gradients, few[1](), strict=True)]
         worst = max(error(framework.numpy(a)[:CHECKED], host.numpy(b)) for a, b in pairs)
-        arithmetic, traffic = floors(
-            workload, program_of(problem, parameters, variable), values, flops, bandwidth
-        )
+        arithmetic, traffic = floors(problem, parameters, variable, values, flops, bandwidth)
         times = [f"{1e3 * forward_time:.3g}", f"{1e3 * both_time:.3g}", f"{worst:.0e}"]
         yield [workload, str(batch), name, *times, f"{arithmetic:.2g}", f"{traffic:.2g}"]
 
