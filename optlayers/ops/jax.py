@@ -63,7 +63,9 @@ def multiply_add(x, y, z):
 def amax(x, axis, keepdims=False):
     if x.shape[axis] == 0:
         return jnp.sum(x, axis=axis, keepdims=keepdims)
-    return jnp.max(x, axis=axis, keepdims=keepdims)
+    # XLA's maximum of long rows of a large batch forgets NaN on the CPU.
+    is_lost = jnp.any(jnp.isnan(x), axis=axis, keepdims=keepdims)
+    return jnp.where(is_lost, jnp.nan, jnp.max(x, axis=axis, keepdims=keepdims))
 
 
 def concat(arrays, axis):

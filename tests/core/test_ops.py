@@ -959,6 +959,14 @@ def test_leaf_keeps_the_contract_of_a_custom_operator(torch):
     torch.library.opcheck(torch.ops.optlayers.leaf.default, arguments)
 
 
+def test_amax_keeps_nan(ops, framework, rng):
+    """Also where XLA's own maximum of long rows does not."""
+    x = rng.normal(size=(128, 120))
+    x[0], x[5, 60], x[127, 119] = np.nan, np.nan, np.nan
+    largest = framework.fast(lambda x: ops.amax(x, axis=-1))(framework.array(x))
+    np.testing.assert_array_equal(np.isnan(np.asarray(largest)), np.isin(np.arange(128), [0, 5, 127]))
+
+
 @pytest.mark.parametrize("masked", [[], [2], [0, 2, 3]])
 def test_on_rows(ops, framework, masked):
     """A batched, a shared and a broadcast array; rows outside the mask keep their state.
