@@ -25,7 +25,9 @@ def constant(values, like):
 
 
 def full(shape, value, like):
-    return jnp.full(tuple(shape), value, dtype=like.dtype)
+    return lax.full_like(
+        like, value, shape=tuple(shape)
+    )  # under shard_map it differs by device if `like` does
 
 
 def eye(n, like):
