@@ -421,6 +421,15 @@ def pullback(function, x):
     return lambda v: _pull_back(image, at, v, create_graph=create_graph)
 
 
+def _tensors(tree):
+    """The tensors in nested arguments of a function; torch's own walk of them is several times slower."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list, dict)):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(item)
+
+
 class _Used(torch.overrides.TorchFunctionMode):
     """Finds the tensors that enter a computation and were neither given nor computed in it."""
 
@@ -430,11 +439,9 @@ class _Used(torch.overrides.TorchFunctionMode):
         self.found, self.own = {}, {id(x): x for x in given}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        for x in torch.utils._pytree.tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor) and id(x) not in self.own:
-                self.found[id(x)] = x
+        self.found.update((id(x), x) for x in _tensors((args, kwargs)) if id(x) not in self.own)
         output = function(*args, **(kwargs or {}))
-        self.own.update((id(x), x) for x in torch.utils._pytree.tree_leaves(output))
+        self.own.update((id(x), x) for x in _tensors(output))
         return output
 
 
@@ -446,6 +453,8 @@ class _Replaced(torch.overrides.TorchFunctionMode):
         self.others = dict(zip(found, others, strict=True))
 
     def replace(self, tree):
+        if not builtins.any(id(x) in self.others for x in _tensors(tree)):
+            return tree
         return torch.utils._pytree.tree_map(lambda x: self.others.get(id(x), x), tree)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
