@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [("polytope", "torch"), ("polytope", "jax"), ("sudoku", "torch"), ("sudoku_jax", "jax")]
-EXAMPLES += [("mpc_quadrotor", "torch"), ("hvac_mpc", "torch")]
+EXAMPLES += [("mpc_quadrotor", "torch"), ("hvac_mpc", "torch"), ("neural_ode", "torch")]
 
 
 def run(script, *options, launcher=()):
@@ -68,9 +68,16 @@ def check_hvac_mpc(output):
     assert reward > table["MPC: rule of thumb"][2] / 2
 
 
+def check_neural_ode(output):
+    table = rows(output)
+    for error, reference in zip(table["neural ODE"][:2], table["GRU"][:2], strict=True):
+        assert float(error) < float(reference) / 2
+
+
 CHECKS = {
     "hvac_mpc": check_hvac_mpc,
     "mpc_quadrotor": check_mpc_quadrotor,
+    "neural_ode": check_neural_ode,
     "polytope": check_polytope,
     "sudoku": check_sudoku,
     "sudoku_jax": check_sudoku_jax,
