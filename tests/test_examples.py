@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [("polytope", "torch"), ("polytope", "jax"), ("sudoku", "torch"), ("sudoku_jax", "jax")]
-EXAMPLES += [("mpc_quadrotor", "torch"), ("hvac_mpc", "torch"), ("neural_ode", "torch")]
+EXAMPLES += [("mpc_quadrotor", "torch"), ("hvac_mpc", "torch"), ("neural_ode", "torch"), ("gru_ode_bayes", "torch")]
 
 
 def run(script, *options, launcher=()):
@@ -74,8 +74,19 @@ def check_neural_ode(output):
         assert float(error) < float(reference) / 2
 
 
+def check_gru_ode_bayes(output):
+    table = rows(output, width=18)
+    ode, gru, best = (
+        [float(entry) for entry in table[name][:2]] for name in ("GRU-ODE-Bayes", "GRU", "Kalman, the best")
+    )
+    for error, reference, bound in zip(ode, gru, best, strict=True):
+        assert bound < error < reference
+    assert best[0] < float(table["last value held"][0]) / 2
+
+
 CHECKS = {
     "hvac_mpc": check_hvac_mpc,
+    "gru_ode_bayes": check_gru_ode_bayes,
     "mpc_quadrotor": check_mpc_quadrotor,
     "neural_ode": check_neural_ode,
     "polytope": check_polytope,
