@@ -586,9 +586,14 @@ def explicit(functions, examples):
         *args, others = args
         if not torch.is_grad_enabled():
             return function(*args)
-        with _Used(*args, *others) as used, _Replaced(ids, others) as mode:
-            output = mode.replace(function(*args))
-        if builtins.any(x.requires_grad for x in used.found.values()):
+        if [id(x) for x in others] == ids:  # the very tensors that function uses: there is nothing to replace
+            output = function(*args)
+            is_missing = builtins.any(id(x) not in ids for x in _leaves_below(output, args))
+        else:
+            with _Used(*args, *others) as used, _Replaced(ids, others) as mode:
+                output = mode.replace(function(*args))
+            is_missing = builtins.any(x.requires_grad for x in used.found.values())
+        if is_missing:
             raise RuntimeError(
                 "func uses a tensor with a gradient that it did not use when it was first called, and its "
                 "gradient would be missing; pass it in args, or let it enter every call, if only times zero"
@@ -596,6 +601,21 @@ def explicit(functions, examples):
         return output
 
     return [lambda *args, f=f: call(f, *args) for f in functions], theta
+
+
+def _leaves_below(y, inputs):
+    """The leaves that `y` is computed from, but those behind `inputs`."""
+    edges = torch.autograd.graph.get_gradient_edge
+    nodes = [edges(y).node] if y.requires_grad else []
+    seen = {edges(x).node for x in inputs if x.requires_grad}
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes += [below for below, _ in node.next_functions]
 
 
 def _is_dual() -> bool:
