@@ -55,7 +55,7 @@ class Size(NamedTuple):
     tests: int = 1000
 
 
-QUICK = Size(series=500, batch=50, steps=60, hidden=16, tests=200)
+QUICK = Size(series=500, batch=32, steps=50, hidden=16, tests=200)
 LARGE = Size(series=10000, batch=500, steps=4000, hidden=50, tests=2000)
 
 # %% [markdown]

@@ -49,7 +49,7 @@ class Size(NamedTuple):
     tests: int = 32
 
 
-QUICK = Size(batch=64, steps=75, gru_steps=100, tests=8)
+QUICK = Size(trajectories=64, window=9, batch=32, steps=60, gru_steps=60, tests=8)
 LARGE = Size(trajectories=4096, batch=1024, hidden=128, steps=4000, gru_steps=16000, tests=256)
 
 # %% [markdown]

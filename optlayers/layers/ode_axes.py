@@ -30,6 +30,8 @@ class Axes:
                     f"got {self._shapes}"
                 )
         self.start = flatten_state(ops, rows)[0]
+        # Read once: what the user's functions touch, start included, counts as what they depend on.
+        self._batch, self._dtype = self.start.shape[0], self.start.dtype
         self._is_array = len(leaves) == 1 and leaves[0] is y0
         self._own = self._shapes if self.is_single else [shape[1:] for shape in self._shapes]
 
@@ -67,18 +69,17 @@ class Axes:
         """(B, k), of a state that a function of the user has given."""
         leaves = [tree] if self._is_array else self.ops.tree_flatten(tree)[0]
         shapes = [tuple(x.shape) for x in leaves]
-        if shapes != self._shapes or any(x.dtype != self.start.dtype for x in leaves):
-            kinds, dtype = [f"{tuple(x.shape)} {x.dtype}" for x in leaves], self.start.dtype
-            raise ValueError(f"{name} must be like y, {self._shapes} {dtype}, but is {kinds}")
-        flat = [self.ops.reshape(x, (self.start.shape[0], -1)) for x in leaves]
+        if shapes != self._shapes or any(x.dtype != self._dtype for x in leaves):
+            kinds = [f"{tuple(x.shape)} {x.dtype}" for x in leaves]
+            raise ValueError(f"{name} must be like y, {self._shapes} {self._dtype}, but is {kinds}")
+        flat = [self.ops.reshape(x, (self._batch, -1)) for x in leaves]
         return flat[0] if len(flat) == 1 else self.ops.concat(flat, 1)
 
     def vector(self, x: Array, name: str) -> Array:
         """(B,), of one number for each sample that a function of the user has given."""
-        batch = self.start.shape[0]
-        if math.prod(x.shape) != batch or x.shape[:1] not in ((), (batch,)):
+        if math.prod(x.shape) != self._batch or x.shape[:1] not in ((), (self._batch,)):
             raise ValueError(f"{name} must have one number for each sample, but has shape {tuple(x.shape)}")
-        return self.ops.reshape(x, (batch,))
+        return self.ops.reshape(x, (self._batch,))
 
 
 def ascending(ops: MatrixFreeOps, t: Array) -> tuple[Array, Array, Array]:
