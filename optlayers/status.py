@@ -58,7 +58,7 @@ class SolveError(RuntimeError):
 
     Attributes:
         status: codes of `Status`, one per problem, as a NumPy array.
-        residual: relative residual reached by each.
+        residual: relative residual reached by each; of a differential equation, the time reached.
 
     Example:
         >>> import torch
@@ -71,9 +71,9 @@ class SolveError(RuntimeError):
         infeasible: no point satisfies all const
     """
 
-    def __init__(self, status: np.ndarray, residual: np.ndarray):
-        super().__init__(_report(status, residual))
-        self.status, self.residual = status, residual
+    def __init__(self, status: np.ndarray, residual: np.ndarray, reached: str = "residual {:.1e}"):
+        super().__init__(_report(status, residual, reached))
+        self.status, self.residual, self.reached = status, residual, reached
 
 
 @contextmanager
@@ -82,15 +82,16 @@ def batch_axes(lead: tuple[int, ...]) -> Iterator[None]:
     try:
         yield
     except SolveError as error:
-        raise SolveError(error.status.reshape(lead), error.residual.reshape(lead)) from None
+        arrays = (error.status.reshape(lead), error.residual.reshape(lead))
+        raise SolveError(*arrays, error.reached) from None
 
 
-def _report(status: np.ndarray, residual: np.ndarray, shown: int = 5) -> str:
+def _report(status: np.ndarray, residual: np.ndarray, reached: str, shown: int = 5) -> str:
     failed = np.argwhere(~is_usable(status))
     lines = [f"{len(failed)} of {status.size} problems were not solved:"]
     for index in map(tuple, failed[:shown].tolist()):
         where = f"batch index {index}: " if index else ""
-        lines.append(f"  {where}{from_code(int(status[index])).value} (residual {residual[index]:.1e})")
+        lines.append(f"  {where}{from_code(int(status[index])).value} ({reached.format(residual[index])})")
     if len(failed) > shown:
         lines.append(f"  and {len(failed) - shown} more")
     lines.append("To go on without them, build the layer with on_failure='nan', 'mask' or 'ignore'.")
@@ -102,14 +103,14 @@ def is_usable(status: Any) -> Any:
     return (status == Status.SOLVED.code) | (status == Status.INACCURATE.code)
 
 
-def check(status: np.ndarray, residual: np.ndarray) -> None:
-    """Raise for failed problems, warn of inaccurate ones.
+def check(status: np.ndarray, residual: np.ndarray, reached: str = "residual {:.1e}") -> None:
+    """Raise for failed problems, warn of inaccurate ones; `reached` says what `residual` is.
 
     Raises:
         SolveError: naming the failed problems and why they failed.
     """
     if not is_usable(status).all():
-        raise SolveError(status, residual)
+        raise SolveError(status, residual, reached)
     inaccurate = status == Status.INACCURATE.code
     if inaccurate.any():
         warnings.warn(

@@ -14,6 +14,7 @@ from ..layers.control_path import (
     cdeint_doc,
     control_path_doc,
     controlled_field,
+    stopped_at_knots,
 )
 from ..layers.ode import InitialValueProblem, Jumps, ODEInfo, ode_doc, odeint_doc
 from ..layers.ode_adjoint import Adjoint, Discrete
@@ -137,5 +138,6 @@ def cdeint(f: Callable, z0: Array, X: ControlPath, t: Array | None = None, *args
         >>> cdeint(f, jnp.zeros((3, 4)), X, None, 0.1 * jnp.ones((4, 12))).shape
         (3, 2, 4)
     """
+    options = stopped_at_knots(X, t, lambda z, t, j: z, options)
     field = controlled_field(lambda t, z: f(z, t, *args), X)
     return odeint(lambda z, t: field(t, z), z0, X.interval if t is None else t, **options)

@@ -9,12 +9,14 @@ Pieces have length zero behind the end of a path that is shorter than others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..ops import Array, MatrixFreeOps
+from .ode_continuous import Continuous
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,7 @@ class ControlPath:
         times: where its pieces meet (B, M); shorter paths repeat their end.
         coefficients: a, b, c and e of each piece (B, M - 1, 4, channels).
         is_single: whether the observations came without a batch axis.
+        is_smooth: whether dX/dt is continuous.
 
     Example:
         >>> import torch
@@ -38,6 +41,7 @@ class ControlPath:
     times: Array
     coefficients: Array
     is_single: bool
+    is_smooth: bool
 
     @property
     def channels(self) -> int:
@@ -98,7 +102,7 @@ def build_path(ops: MatrixFreeOps, t: Array, x: Array, interpolation: str, with_
         x = ops.concat([t[..., None], x], 2)
         observed = ops.concat([ops.broadcast_to(asked[..., None], (*t.shape, 1)), observed], 2)
     times, coefficients = INTERPOLATIONS[interpolation](ops, t, x, observed)
-    return ControlPath(ops, times, coefficients, is_single)
+    return ControlPath(ops, times, coefficients, is_single, interpolation in SMOOTH)
 
 
 def _check_times(asked: np.ndarray, t: np.ndarray) -> None:
@@ -240,6 +244,7 @@ INTERPOLATIONS = {
     "hermite": hermite,
     "natural": natural,
 }
+SMOOTH = ("hermite", "natural")
 
 
 def controlled_field(f: Any, path: ControlPath) -> Any:
@@ -253,6 +258,22 @@ def controlled_field(f: Any, path: ControlPath) -> Any:
         return (matrix @ rate[..., None])[..., 0]
 
     return field
+
+
+def stopped_at_knots(path: ControlPath, t: Array | None, stay: Callable, options: dict) -> dict:
+    """The options of `odeint`, so that steps end where dX/dt jumps: there each state jumps to itself, by
+    `stay`.
+
+    Step sizes that were given are kept, as are jumps; steps that a batch shares would end at all its knots.
+    """
+    is_shared = t is not None and t.ndim == 1 and not path.is_single
+    is_decided = options.get("step_size") is not None or options.get("jumps") is not None
+    if path.is_smooth or is_shared or is_decided or isinstance(options.get("adjoint"), Continuous):
+        return options
+    times, start, end = path.times, path.times[:, :1], path.times[:, -1:]
+    jumps = [times, (times > start) & (times < end)]
+    times, inside = (x[0] for x in jumps) if path.is_single else jumps
+    return options | {"jumps": (times, stay, inside)}
 
 
 def control_path_doc():
@@ -287,5 +308,7 @@ def cdeint_doc():
         X: a path of `control_path`.
         t: times, as for `odeint`; None takes X.interval, so that z[:, -1] is the end of each sample.
 
-    The other arguments are those of `odeint`.
+    The other arguments are those of `odeint`. Along "linear" and "rectilinear" paths, whose derivative jumps,
+    steps end where pieces meet, as `jumps` that leave the state as it is; but not with jumps or a step size
+    of your own, with times (T,) for a batch, or with Continuous().
     """

@@ -109,7 +109,8 @@ class InitialValueProblem:
         integrate = lambda y, *theta: method.integrate(ops, system, y, grid, theta)
         results, end, log, outcome, _ = ops.call_detached(integrate, y, *theta)
         if self.on_failure == "raise":
-            ops.on_host(check, outcome.status, outcome.time)
+            report = lambda status, time: check(status, time, "at t = {:.6g}")
+            ops.on_host(report, axes.lane(outcome.status), axes.lane(outcome.time * sign))
 
         if not ops.is_constant(times):
             early = ops.stop_gradient(times[:, 0]) - times[:, 0]

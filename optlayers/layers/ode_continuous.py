@@ -3,12 +3,13 @@ steps."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..solvers.initial_value import Grid, System
-from ..status import Status
+from ..status import Status, from_code
 
 NEVER = 2**31 - 1
 
@@ -20,7 +21,8 @@ class Continuous:
         da/dt = -(df/dy)' a,    dL/dtheta = integral of (df/dtheta)' a dt,
 
     backwards in time together with y (Chen et al. 2018). Memory does not grow with the number of steps; the
-    error is that of the tolerances, and where y itself cannot be integrated backwards, much larger. First
+    error is that of the tolerances, and where y itself cannot be integrated backwards, much larger. Where the
+    solve fails, a warning says so and derivatives are NaN; JAX cannot warn while it differentiates. First
     derivatives in reverse mode; not for jumps nor for implicit methods.
 
     Example:
@@ -70,6 +72,7 @@ class Continuous:
         )
         failed = outcome.status != Status.SOLVED.code
         y_bar = ops.where(failed[:, None], ops.nan, state[:, width:])
+        y_bar = ops.reported(y_bar, failed, _warn_of_unsolved, outcome.status)
         totals = [ops.where(ops.any(failed), ops.nan, x) for x in totals]
         times_bar = self._times(solved, theta, results, results_bar)
         return [y_bar, times_bar, ops.full(jumps.shape, 0.0, jumps), *totals]
@@ -101,3 +104,15 @@ class Continuous:
             return j + 1, ops.put_rows(bars, 0 * solved.grid.count[:, None] + j, ops.sum(bar, 1)[:, None])
 
         return ops.repeat(outputs.shape[1], body, (0, ops.full(outputs.shape, 0.0, outputs)))[1]
+
+
+def _warn_of_unsolved(status: np.ndarray) -> None:
+    failed = status != Status.SOLVED.code
+    if failed.any():
+        first = np.flatnonzero(failed)[0]
+        warnings.warn(
+            f"the adjoint equation was not solved for {failed.sum()} of {failed.size} samples: their gradients "
+            f"are NaN, and those of all weights. Sample {first}: {from_code(int(status[first])).value}. "
+            "adjoint=Discrete() goes back along the states of the solution itself",
+            stacklevel=2,
+        )

@@ -14,6 +14,7 @@ from ..layers.control_path import (
     cdeint_doc,
     control_path_doc,
     controlled_field,
+    stopped_at_knots,
 )
 from ..layers.ode import InitialValueProblem, Jumps, ODEInfo, ode_doc, odeint_doc
 from ..layers.ode_adjoint import Adjoint, Discrete
@@ -140,5 +141,6 @@ def cdeint(
         >>> cdeint(lambda t, z: torch.tanh(linear(z)).reshape(3, 4, 3), torch.zeros(3, 4), X).shape
         torch.Size([3, 2, 4])
     """
+    options = stopped_at_knots(X, t, lambda t, z, j: z, options)
     field = controlled_field(lambda t, z: f(t, z, *args), X)
     return odeint(field, z0, X.interval if t is None else t, **options)
