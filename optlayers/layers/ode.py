@@ -219,7 +219,8 @@ def odeint_doc():
     Args:
         func: the right-hand side; see below for its arguments. It gives arrays like y0.
         y0: start: an array, or nested containers of arrays.
-        t: times (T,) or (B, T), ascending or descending; NaN behind the last one of a sample.
+        t: times (T,) or (B, T), ascending or descending; NaN behind the last one of a sample. Outputs between
+            the ends of a step are read from its interpolant: more of them cost no steps.
         args: whatever func takes besides t and y.
         rtol, atol: a step is accepted where the root mean square of error / (atol + rtol |y|) is at most 1;
             None is 1e-7 and 1e-9 in double precision, and 1e-5 and 1e-7 in single.

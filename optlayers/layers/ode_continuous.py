@@ -110,9 +110,10 @@ def _warn_of_unsolved(status: np.ndarray) -> None:
     failed = status != Status.SOLVED.code
     if failed.any():
         first = np.flatnonzero(failed)[0]
+        why = from_code(int(status[first])).value
         warnings.warn(
-            f"the adjoint equation was not solved for {failed.sum()} of {failed.size} samples: their gradients "
-            f"are NaN, and those of all weights. Sample {first}: {from_code(int(status[first])).value}. "
-            "adjoint=Discrete() goes back along the states of the solution itself",
+            f"the adjoint equation was not solved for {failed.sum()} of {failed.size} samples: their "
+            f"gradients are NaN, and those of all weights; sample {first}: {why}. Use adjoint=Discrete(), which goes "
+            "back along the steps of the solution",
             stacklevel=2,
         )
