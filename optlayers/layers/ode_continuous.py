@@ -113,7 +113,7 @@ def _warn_of_unsolved(status: np.ndarray) -> None:
         why = from_code(int(status[first])).value
         warnings.warn(
             f"the adjoint equation was not solved for {failed.sum()} of {failed.size} samples: their "
-            f"gradients are NaN, and those of all weights; sample {first}: {why}. Use adjoint=Discrete(), which goes "
-            "back along the steps of the solution",
+            f"gradients are NaN, and those of all weights; sample {first}: {why}. Use "
+            "adjoint=Discrete(), which goes back along the steps of the solution",
             stacklevel=2,
         )
