@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [("polytope", "torch"), ("polytope", "jax"), ("sudoku", "torch"), ("sudoku_jax", "jax")]
-EXAMPLES += [("mpc_quadrotor", "torch"), ("hvac_mpc", "torch"), ("neural_ode", "torch"), ("gru_ode_bayes", "torch")]
+EXAMPLES += [("mpc_quadrotor", "torch"), ("hvac_mpc", "torch"), ("neural_ode", "torch"), ("gru_ode_bayes", "torch"), ("neural_cde", "torch")]
 
 
 def run(script, *options, launcher=()):
@@ -68,6 +68,12 @@ def check_hvac_mpc(output):
     assert reward > table["MPC: rule of thumb"][2] / 2
 
 
+def check_neural_cde(output):
+    lost = {name: float(row[2]) for name, row in rows(output).items()}
+    assert lost["neural CDE"] >= 2 * lost["GRU"]
+    assert lost["neural CDE"] >= 50
+
+
 def check_neural_ode(output):
     table = rows(output)
     for error, reference in zip(table["neural ODE"][:2], table["GRU"][:2], strict=True):
@@ -88,6 +94,7 @@ CHECKS = {
     "hvac_mpc": check_hvac_mpc,
     "gru_ode_bayes": check_gru_ode_bayes,
     "mpc_quadrotor": check_mpc_quadrotor,
+    "neural_cde": check_neural_cde,
     "neural_ode": check_neural_ode,
     "polytope": check_polytope,
     "sudoku": check_sudoku,
