@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [("polytope", "torch"), ("polytope", "jax"), ("sudoku", "torch"), ("sudoku_jax", "jax")]
-EXAMPLES += [("mpc_quadrotor", "torch"), ("hvac_mpc", "torch"), ("neural_ode", "torch"), ("gru_ode_bayes", "torch"), ("neural_cde", "torch")]
+EXAMPLES += [
+    (name, "torch") for name in ("mpc_quadrotor", "hvac_mpc", "neural_ode", "gru_ode_bayes", "neural_cde")
+]
 
 
 def run(script, *options, launcher=()):
