@@ -221,7 +221,7 @@ def odeint_doc():
         y0: start: an array, or nested containers of arrays.
         t: times (T,) or (B, T), ascending or descending; NaN behind the last one of a sample. With
             "dopri5", "tsit5" and "bosh3", outputs are read from the interpolants of the steps: more of them
-            cost no steps. The other methods end a step at each.
+            cost hardly any steps. The other methods end a step at each.
         args: whatever func takes besides t and y.
         rtol, atol: a step is accepted where the root mean square of error / (atol + rtol |y|) is at most 1;
             None is 1e-7 and 1e-9 in double precision, and 1e-5 and 1e-7 in single.
