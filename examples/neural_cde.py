@@ -47,7 +47,7 @@ class Size(NamedTuple):
     tests: int = 500
 
 
-QUICK = Size(curves=500, steps=40, batch=32, tests=100)
+QUICK = Size(curves=500, batch=48, steps=25, tests=50)
 LARGE = Size(curves=20000, batch=512, steps=5000, hidden=64, tests=2000)
 
 # %% [markdown]
