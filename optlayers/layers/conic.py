@@ -64,6 +64,7 @@ class ConicSolve:
     Args:
         cones: the curved cones, in the last rows.
         linear: P is zero.
+        convex: P is known to be positive semidefinite, else that is checked.
         solvers: tried in turn on the problems that the earlier ones leave unfinished.
         eps: relative residual of a solution.
         check: raise SolveError for problems that were not solved, where the framework allows it.
@@ -71,6 +72,7 @@ class ConicSolve:
 
     cones: Cones = Cones()
     linear: bool = False
+    convex: bool = False
     solvers: tuple[Solver, ...] = (ADMM(),)
     eps: float = 1e-9
     check: bool = False
@@ -114,7 +116,7 @@ class ConicSolve:
         # Between bounds that have changed places the projection finds a point, which satisfies neither.
         crossed = ops.any(problem.l > problem.u, -1)
         status = ops.where(crossed, Status.PRIMAL_INFEASIBLE.code, status)
-        if not self.linear:
+        if not (self.linear or self.convex):
             status = ops.where(_is_convex(ops, problem.P) | ~finite, status, Status.NON_CONVEX.code)
         progress = progress._replace(status=status)
         if warm:
@@ -308,6 +310,7 @@ def conic_layer(
     on_failure: str = "raise",
     rescue: bool = False,
     gradient: str | Smoothed | LPGD = "exact",
+    convex: bool = False,
 ) -> ConicLayer:
     """The layer for a choice of solver and of its settings, see `choose` and `configure`."""
     solvers = choose(cones, linear, solver) + ((Clarabel(),) if rescue and solver in AUTOMATIC else ())
@@ -316,7 +319,7 @@ def conic_layer(
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {sorted(GRADIENTS)} or a record, got {gradient!r}")
         gradient = GRADIENTS[gradient]
-    solve = ConicSolve(cones, linear, solvers, eps, on_failure == "raise")
+    solve = ConicSolve(cones, linear, convex, solvers, eps, on_failure == "raise")
     return ConicLayer(solve, order, on_failure, gradient)
 
 

@@ -25,6 +25,16 @@ from .elimination import eliminate, elimination
 from .ranges import ranges
 
 
+def _is_convex(program: Program) -> bool:
+    """Whether P has no parameters and is positive semidefinite, so that no call needs to look."""
+    if len(program.P.rows) or program.n > LARGEST_FACTORED:
+        return False
+    P = np.zeros(program.P.shape)
+    P.flat[program.P.positions] = program.P.constant
+    shift = 1e-12 * max(abs(P).max(initial=0.0), np.finfo(float).tiny)
+    return bool(np.linalg.eigvalsh(P).min(initial=0.0) >= -shift)
+
+
 def _bounds(program: Program) -> tuple[np.ndarray, np.ndarray]:
     """Bounds of the slack on the polyhedral rows; none where b is infinite, which says nothing."""
     lower, upper = polyhedral_bounds(program.cones)
@@ -86,6 +96,7 @@ def name(parameter: Any) -> str:
     return f"{parameter.name()} {tuple(parameter.shape)}"
 
 
+LARGEST_FACTORED = 1000  # above it eigenvalues would take longer than a second
 SIGNS = {"nonneg": 1, "pos": 1, "nonpos": -1, "neg": -1}
 SIGN_TOLERANCE = 1e-10  # CVXPY's own
 
@@ -184,6 +195,7 @@ class CvxpyProgram:
         self.elimination = elimination(self.solved)
         self.solver_args = dict(solver_args or {})
         self._choices = dict(choices)
+        self._convex = _is_convex(self.program)
         self._layer = self._configured({})
         self._seconds = time.perf_counter() - start
 
@@ -203,7 +215,7 @@ class CvxpyProgram:
         cones = curved_part(self.program.cones)
         linear = not len(self.program.P.positions)
         arguments = self.solver_args | dict(solver_args)
-        return conic_layer(cones, linear, solver_args=arguments, **self._choices)
+        return conic_layer(cones, linear, convex=self._convex, solver_args=arguments, **self._choices)
 
     def solve(
         self, ops: Ops, layer: ConicLayer, values: Sequence[Array], warm: Sequence[Array], like: Array

@@ -15,7 +15,7 @@ from optlayers.solvers.interior_point import InteriorPoint
 
 LEAVES = [
     ConicSolve(),
-    ConicSolve(Cones(1, 2, (3, 4), (2,), 1, ((0.1, 0.9),)), True, (InteriorPoint(),), 1e-7, True),
+    ConicSolve(Cones(1, 2, (3, 4), (2,), 1, ((0.1, 0.9),)), True, False, (InteriorPoint(),), 1e-7, True),
     ConicSolve(solvers=(Clarabel(options={"max_threads": np.int64(2), "verbose": False}),)),
     LPGD(tau=float("inf")),
 ]

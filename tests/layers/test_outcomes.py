@@ -271,3 +271,11 @@ def test_non_convex_problems_are_refused(frontend):
     assert outcomes == [Status.SOLVED, Status.NON_CONVEX, Status.NON_CONVEX, Status.SOLVED]
     assert_close(frontend.numpy(solution.x)[[0, 3]], [[-0.05], [-1.0]], 1e-12)
     assert np.isnan(frontend.numpy(solution.x)[1:3]).all()
+
+
+def test_constant_that_was_only_said_to_be_convex(frontend):
+    """CVXPY takes the user's word for P; the layer looks once."""
+    x, q = cp.Variable(2), cp.Parameter(2)
+    cost = cp.quad_form(x, np.diag([1.0, -1.0]), assume_PSD=True) + q @ x
+    layer = frontend.CvxpyLayer(cp.Problem(cp.Minimize(cost), [cp.abs(x) <= 1]), [q], [x], on_failure="mask")
+    assert list(Status)[int(layer.solve(frontend.array([0.1, 0.2])).status)] is Status.NON_CONVEX
