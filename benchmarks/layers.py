@@ -12,7 +12,7 @@ sum of it differentiated in all parameters.
 - gradient: difference of its product with a random direction from central differences of such solutions
 - MB: most memory of the process
 
-A library that is not installed, fails, or takes three minutes for its set-up and first call has that in
+A library that is not installed, fails, or takes 90 seconds for its set-up and first call has that in
 place of numbers. Moreau is called by its native
 interface: through cvxpylayers 1.2 and cvxpy 1.9.3 it drops constraints.
 """
@@ -109,7 +109,7 @@ WORKLOADS = {
     "W6": (entropy, (64,)),
 }
 REFERENCE_LANES, STEP = 4, 1e-5
-FIRST_CALL_LIMIT = 180  # seconds
+FIRST_CALL_LIMIT = 90  # seconds
 
 
 def build(workload, batch):
