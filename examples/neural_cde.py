@@ -233,7 +233,6 @@ def draw_curve(axes, curves, row):
     axes.plot(*curves.x[row].T, "o", color=INK, ms=3.5)
     axes.set(aspect="equal")
     axes.margins(0.12)
-    axes.set_axis_off()
 
 
 def draw_accuracy(axes, fits):
@@ -259,7 +258,10 @@ def draw(tests, fits, path):
         left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
         grid = left.subplots(4, 5)
         for label, axes in enumerate(grid.flat):
-            draw_curve(axes, curves, int((curves.label == label).float().argmax()))
+            rows = (curves.label == label).nonzero()
+            axes.set_axis_off()
+            if len(rows):
+                draw_curve(axes, curves, int(rows[0]))
         left.suptitle(f"One test curve of each class: {100 * TEST_DROP:.0f} % of the points are lost")
         draw_accuracy(right.subplots(), fits)
         figure.savefig(path, dpi=150)

@@ -10,9 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [("polytope", "torch"), ("polytope", "jax"), ("sudoku", "torch"), ("sudoku_jax", "jax")]
-EXAMPLES += [
-    (name, "torch") for name in ("mpc_quadrotor", "hvac_mpc", "neural_ode", "gru_ode_bayes", "neural_cde")
-]
+TORCH = ("mpc_quadrotor", "hvac_mpc", "neural_ode", "latent_ode", "gru_ode_bayes", "neural_cde")
+EXAMPLES += [(name, "torch") for name in TORCH]
 
 
 def run(script, *options, launcher=()):
@@ -70,6 +69,11 @@ def check_hvac_mpc(output):
     assert reward > table["MPC: rule of thumb"][2] / 2
 
 
+def check_latent_ode(output):
+    table = rows(output)
+    assert float(table["latent ODE"][0]) < 0.9 * float(table["GRU"][0])
+
+
 def check_neural_cde(output):
     lost = {name: float(row[2]) for name, row in rows(output).items()}
     assert lost["neural CDE"] >= 2 * lost["GRU"]
@@ -95,6 +99,7 @@ def check_gru_ode_bayes(output):
 CHECKS = {
     "hvac_mpc": check_hvac_mpc,
     "gru_ode_bayes": check_gru_ode_bayes,
+    "latent_ode": check_latent_ode,
     "mpc_quadrotor": check_mpc_quadrotor,
     "neural_cde": check_neural_cde,
     "neural_ode": check_neural_ode,
