@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [("polytope", "torch"), ("polytope", "jax"), ("sudoku", "torch"), ("sudoku_jax", "jax")]
-TORCH = ("mpc_quadrotor", "hvac_mpc", "neural_ode", "latent_ode", "gru_ode_bayes", "neural_cde")
+TORCH = ("deq_digits", "mpc_quadrotor", "hvac_mpc", "neural_ode", "latent_ode", "gru_ode_bayes", "neural_cde")
 EXAMPLES += [(name, "torch") for name in TORCH]
 
 
@@ -96,7 +96,19 @@ def check_gru_ode_bayes(output):
     assert best[0] < float(table["last value held"][0]) / 2
 
 
+def check_deq_digits(output):
+    networks = rows(output)
+    for accuracy, explicit, _, iterations, radius, _ in networks.values():
+        assert float(accuracy) >= max(0.93, float(explicit) - 0.03)
+        assert float(iterations) < 15 and float(radius) < 1
+    memory = output.split("\niterations ")[1].split("\n\n")[0].splitlines()[1:]
+    equilibrium, unrolled = ([float(entry) for entry in line.split()[2:]] for line in memory)
+    assert equilibrium[-1] < 1.05 * equilibrium[0]
+    assert unrolled[-1] > 10 * unrolled[0]
+
+
 CHECKS = {
+    "deq_digits": check_deq_digits,
     "hvac_mpc": check_hvac_mpc,
     "gru_ode_bayes": check_gru_ode_bayes,
     "latent_ode": check_latent_ode,
@@ -120,7 +132,7 @@ def test_every_example_is_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("script, framework", EXAMPLES)
 def test_example(script, framework, tmp_path):
-    for package in (framework, "matplotlib", "mlxtend", "tqdm"):
+    for package in (framework, "matplotlib", "mlxtend", "sklearn", "tqdm"):
         pytest.importorskip(package)
     picture = tmp_path / "picture.png"
     choice = ("--framework", framework) if {(script, "torch"), (script, "jax")} <= {*EXAMPLES} else ()
