@@ -8,8 +8,10 @@
 # For pictures it matters which cells the loss sees. On **all cells**, it compares what was read on the given
 # cells with their labels, and so teaches reading directly: the labels of the inputs leak (Topan et al. 2021).
 # On the **empty cells only**, reading must be learned through the layer. From scratch that may well end with
-# digits read consistently, but under each other's names, of which the rules then make little; a layer that
-# has learned the rules from symbols before tells the reader the names. The table has all three.
+# digits read consistently, but under each other's names, of which the rules then make little. Two remedies
+# find the names. Counting: with the hint that all digits occur equally often, the solution of the empty cells
+# tells how often the givens hold each, and reading is learned from that first. And symbols: a layer that has
+# learned the rules from them before teaches the reader. The table has all four.
 #
 # A ConvNet on the same data is the baseline, and a quadratic program with learned constraints (as OptNet,
 # Amos and Kolter 2017), written in CVXPY, is a second way to learn the rules.
@@ -50,7 +52,8 @@ class Size(NamedTuple):
         grids: solution grids to train on and to test on, from which the puzzles are made.
         puzzles: to train on and to test on.
         clauses, aux, sweeps, rate: of the layer: clauses, auxiliary variables, most sweeps, learning rate.
-        symbolic, program, visual, grounded, convnet: epochs of each model, zero to leave it out.
+        symbolic, program, visual, counting, grounded, convnet: epochs of each model, zero to leave it out;
+            counting comes before grounded ones, which see no labels of givens.
     """
 
     side: int = 4
@@ -65,12 +68,13 @@ class Size(NamedTuple):
     symbolic: int = 4
     program: int = 8
     visual: int = 8
+    counting: int = 5
     grounded: int = 8
     convnet: int = 15
 
 
-QUICK = Size(puzzles=(500, 100), symbolic=2, program=0, visual=4, grounded=0, convnet=2)
-LARGE = Size(9, 36, (400, 100), (9000, 1000), 40, 600, 300, 15, 2e-3, 100, 0, 0, 0, 40)
+QUICK = Size(puzzles=(500, 100), sweeps=6, symbolic=2, program=0, visual=3, grounded=0, convnet=2)
+LARGE = Size(9, 36, (400, 100), (9000, 1000), 40, 600, 300, 15, 2e-3, 100, 0, 0, 0, 0, 40)
 
 # %% [markdown]
 # ## Pictures of digits
@@ -180,10 +184,14 @@ class Visual(nn.Module):
         super().__init__()
         self.reader, self.solver, self.side = Reader(size.side), solver, size.side
 
-    def forward(self, pictures, is_given):
+    def read(self, pictures, is_given):
+        """Digit probabilities (n, cells, side), zero for empty cells."""
         known = pictures.new_zeros(*is_given.shape, self.side)
         known[is_given] = self.reader(pictures[is_given][:, None])
-        return self.solver(known, is_given)
+        return known
+
+    def forward(self, pictures, is_given):
+        return self.solver(self.read(pictures, is_given), is_given)
 
 
 # %% [markdown]
@@ -210,23 +218,39 @@ def squared_error(x, target):
     return (x - target).square().mean(-1)
 
 
-def train(title, model, task, epochs, error, all_cells):
+def of_cells(model, task, error, all_cells):
+    """The loss of a model as a function of inputs and the rows of their puzzles: its mean error in cells."""
     target = one_hot(task.train.solutions, task.size.side).to(task.device)
     is_given = torch.from_numpy(task.train.boards > 0).to(task.device)
     counts = torch.full_like(is_given, True) if all_cells else ~is_given
+
+    def loss(inputs, rows):
+        return error(model(inputs, is_given[rows]), target[rows])[counts[rows]].mean()
+
+    return loss
+
+
+def of_counts(model, task):
+    """Likewise, how far the digits that are read are from as many as the solved cells leave."""
+    is_given = torch.from_numpy(task.train.boards > 0).to(task.device)
+    empty = one_hot(task.train.solutions * (task.train.boards == 0), task.size.side).to(task.device)
+    left = task.size.side - empty.sum(1)
+    return lambda inputs, rows: (model.read(inputs, is_given[rows]).sum(1) - left[rows]).square().mean()
+
+
+def train(title, model, task, epochs, loss):
     parts = [part for part in model.modules() if hasattr(part, "rate")]
     optimizer = torch.optim.Adam([{"params": part.parameters(), "lr": part.rate} for part in parts])
     model.train()
     with tqdm(range(epochs), desc=f"{title:<26}", unit="epoch", ncols=88) as bar:
         for _ in bar:
             inputs = task.draw(task.train.boards).to(task.device)
-            for rows in torch.randperm(len(target), device=task.device).split(task.size.batch):
-                errors = error(model(inputs[rows], is_given[rows]), target[rows])
-                loss = errors[counts[rows]].mean()
+            for rows in torch.randperm(len(inputs), device=task.device).split(task.size.batch):
+                value = loss(inputs[rows], rows)
                 optimizer.zero_grad()
-                loss.backward()
+                value.backward()
                 optimizer.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{value.item():.3f}")
 
 
 class Score(NamedTuple):
@@ -253,9 +277,12 @@ def predict(model, task):
         return 1 + torch.cat([model(*pair).argmax(-1) for pair in zip(*inputs, strict=True)]).cpu().numpy()
 
 
-def fit(title, model, task, epochs, error=cross_entropy, all_cells=True):
+def fit(title, model, task, epochs, error=cross_entropy, all_cells=True, counting=0):
     start = time.perf_counter()
-    train(title, model.to(task.device), task, epochs, error, all_cells)
+    model.to(task.device)
+    if counting:
+        train("counting", model.reader, task, counting, of_counts(model, task))
+    train(title, model, task, epochs, of_cells(model, task, error, all_cells))
     seconds = time.perf_counter() - start
     predicted, is_given = predict(model, task), task.test.boards > 0
     is_right = predicted == task.test.solutions
@@ -298,12 +325,13 @@ def run(seed=0, size=None, device="cpu"):
     task = task._replace(draw=lambda boards: draw_images(images, boards, rng), test_inputs=pictures)
     scores.append(fit("pictures: SAT, all cells", Visual(size, SATSudoku(size)), task, size.visual))
     if size.grounded:
-        for title, solver in (
-            ("pictures: SAT, no leakage", SATSudoku(size)),
-            ("same, symbols first", symbolic),
+        for title, solver, counting in (
+            ("pictures: SAT, no leakage", SATSudoku(size), 0),
+            ("same, counts first", SATSudoku(size), size.counting),
+            ("same, symbols first", symbolic, 0),
         ):
-            model = Visual(size, solver)
-            scores.append(fit(title, model, task, size.grounded, all_cells=False))
+            model, epochs = Visual(size, solver), size.grounded
+            scores.append(fit(title, model, task, epochs, all_cells=False, counting=counting))
     scores.append(fit("pictures: ConvNet", Visual(size, ConvNet(size)), task, size.convnet))
     return Result(scores, test, pictures, size)
 
