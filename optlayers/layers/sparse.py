@@ -105,7 +105,7 @@ def _differentiable(
 ) -> ConicSolution:
     solve, (q, b, l, u) = layer.solve, vectors
     (m, n), cones = (solve.m, solve.n), solve.cones
-    batch = max(z.shape[0] for z in (*vectors, *warm))
+    batch = next((z.shape[0] for z in (*vectors, *warm) if z.shape[0] != 1), 1)
     shapes, inputs = solve.output_shapes(batch), (*P, *A, *vectors, *warm)
     x, v, error, iterations, *system = host.call(solve.solve, shapes, *inputs)
     x_unique, y_unique, status, *flat = system
