@@ -588,7 +588,7 @@ def explicit(functions, examples):
             return function(*args)
         if [id(x) for x in others] == ids:  # the very tensors that function uses: there is nothing to replace
             output = function(*args)
-            is_missing = builtins.any(id(x) not in ids for x in _leaves_below(output, args))
+            is_missing = _has_other_leaves(output, (*args, *others))
         else:
             with _Used(*args, *others) as used, _Replaced(ids, others) as mode:
                 output = mode.replace(function(*args))
@@ -603,8 +603,8 @@ def explicit(functions, examples):
     return [lambda *args, f=f: call(f, *args) for f in functions], theta
 
 
-def _leaves_below(y, inputs):
-    """The leaves that `y` is computed from, but those behind `inputs`."""
+def _has_other_leaves(y, inputs):
+    """Whether `y` is computed from tensors with gradients other than by way of `inputs`."""
     edges = torch.autograd.graph.get_gradient_edge
     nodes = [edges(y).node] if y.requires_grad else []
     seen = {edges(x).node for x in inputs if x.requires_grad}
@@ -614,8 +614,9 @@ def _leaves_below(y, inputs):
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            yield node.variable
+            return True
         nodes += [below for below, _ in node.next_functions]
+    return False
 
 
 def _is_dual() -> bool:
