@@ -11,8 +11,8 @@
 # do what it did, by gradients of the plans, and judged by the flights that come of them. Several weights may
 # fly alike: the table tells how far they are from the expert's. A loop over OSQP, with a solver set up for
 # each quadrotor and warm-started as well, solves the same plans for comparison. Its accuracy is the residual
-# at which it stops, so it is run twice, to the tolerance of the layer, and to one that makes its inputs
-# about as accurate as those of the layer, which ends with Newton steps.
+# at which it stops, so it is run twice, to the tolerance of the layer and to a much smaller one; its inputs
+# are less accurate than those of the layer, which ends with Newton steps, all the same.
 #
 #     python examples/mpc_quadrotor.py [--framework torch|jax] [--seed 0] [--output quadrotor.png] [--quick]
 
