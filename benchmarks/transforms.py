@@ -38,7 +38,7 @@ def outcome(subject, transform, tolerance, expected_message):
         if expected_message is None or not re.search(expected_message, str(error)):
             raise
         return "raises", reason(str(error))
-    if error > (transform.tolerance or tolerance):
+    if not error <= (transform.tolerance or tolerance):
         raise AssertionError(f"wrong result: error {error:.1e}")
     return f"{error:.0e}", None
 
