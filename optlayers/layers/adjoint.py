@@ -85,7 +85,7 @@ class Exact:
             size = ops.where(size > 0, size, 1.0)
             unit = r / size
             result = run(ops, solver, Problem(lambda w: unit + A(w), lambda w: A), unit, tol, max_iter)
-            failed = result.residual > max(tol, 50 * ops.eps(r)) ** 0.5
+            failed = result.residual > max(tol**0.5, 50 * ops.eps(r))
             return ops.reported(size * result.z, failed, _UNSOLVED, result.status, result.residual)
 
         return _attach(ops, call, solution, solve, call.order)

@@ -25,9 +25,8 @@ def constant(values, like):
 
 
 def full(shape, value, like):
-    return lax.full_like(
-        like, value, shape=tuple(shape)
-    )  # under shard_map it differs by device if `like` does
+    # Unlike jnp.full, under shard_map this counts as differing by device if `like` does.
+    return lax.full_like(like, value, shape=tuple(shape))
 
 
 def eye(n, like):

@@ -203,9 +203,8 @@ def on_rows(mask, function, data, ndims, state):
         return state
     if 2 * len(rows) > len(mask):
         return function(data, state)
-    if (
-        len(rows) == 1
-    ):  # arrays of one row are what the batch shares: another row comes along, to be left alone
+    # Arrays of one row are what the batch shares: another row comes along, to be left alone.
+    if len(rows) == 1:
         rows = torch.cat([rows, (rows + 1) % len(mask)])
     is_batched = [x.ndim > own and len(x) == len(mask) for x, own in zip(data, ndims, strict=True)]
     part = [x[rows] if batched else x for x, batched in zip(data, is_batched, strict=True)]
@@ -223,14 +222,14 @@ def in_blocks(function, arrays, ndims, size):
     is_batched = [x.ndim > own for x, own in zip(arrays, ndims, strict=False)]
     batch = max([len(x) for x, batched in zip(arrays, is_batched, strict=True) if batched], default=1)
     has_matrices = builtins.any(batched and own > 1 for batched, own in zip(is_batched, ndims, strict=False))
-    count = -(-batch * size * arrays[0].element_size() // BLOCK_BYTES)
+    count = min(batch, -(-batch * size * arrays[0].element_size() // BLOCK_BYTES))
     if count < 2 or not has_matrices or arrays[0].device.type != "cpu":
         return function(*arrays)
     parts = [
-        x.tensor_split(min(count, batch)) if len(x) == batch and batched else [x] * count
+        x.tensor_split(count) if len(x) == batch and batched else [x] * count
         for x, batched in zip(arrays, is_batched, strict=True)
     ]
-    results = [function(*part) for part in zip(*parts, strict=False)]
+    results = [function(*part) for part in zip(*parts, strict=True)]
     return [torch.cat(outputs) for outputs in zip(*results, strict=True)]
 
 
