@@ -77,7 +77,8 @@ def gradient_of_shards(loss, call, mesh):
         for v, spec in zip(call.values, _specs(call), strict=True)
     ]
     compiled = call.frontend.compiled(jax.grad(loss, arguments)).lower(*placed).compile()
-    assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
+    moves = ("all-gather", "all-to-all", "collective-permute")
+    assert call.case.on_host or not any(word in compiled.as_text() for word in moves)
     return call.flatten([jnp.asarray(np.asarray(g)) for g in compiled(*placed)])
 
 

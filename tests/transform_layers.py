@@ -30,6 +30,7 @@ class LayerCase:
         shared: positions of the arrays that the batch has in common.
         tolerance: of derivatives, relative; exact derivatives are right to rounding.
         refuses: for each framework, the names of transforms that raise, with a part of the message.
+        on_host: solved by the process that holds all the devices, which gathers data sharded over them.
     """
 
     layer: Callable[[Any], Function]
@@ -38,6 +39,7 @@ class LayerCase:
     shared: tuple[int, ...] = ()
     tolerance: float = 1e-8
     refuses: dict[str, dict[str, str]] = field(default_factory=dict)
+    on_host: bool = False
 
     @property
     def axes(self) -> tuple[int | None, ...]:
@@ -119,6 +121,17 @@ def cvxpy_socp(frontend):
     problem = cp.Problem(cp.Minimize(q @ x), [cp.norm(A @ x + b) <= r])
     layer = frontend.CvxpyLayer(problem, [q, A, b, r], [x])
     return lambda *values: layer(*values)[0]
+
+
+def matrix_socp(frontend):
+    """The same with (r, b) - (0, -A) x in the cone."""
+    xp, cones = frontend.xp, frontend.module.Cones(soc=(3,))
+
+    def call(q, A, b, r):
+        rows, b = xp.concatenate([0 * A[:1], -A], 0), xp.broadcast_to(b, (*r.shape, 2))
+        return frontend.module.solve_conic(None, q, rows, xp.concatenate([r[:, None], b], 1), cones).x
+
+    return call
 
 
 def exact_socp(frontend):
@@ -248,7 +261,7 @@ def decay(frontend):
     if frontend.name == "jax":
         field = lambda y, t, rate: rate * y
     ode = frontend.module.ODE(field, method="rk4", step_size=0.02, order=2)
-    return lambda y, rate: ode(y, frontend.array([0.0, 1.0], frontend.dtype(y)), rate)[-1]
+    return lambda y, rate: ode(y, frontend.xp.arange(2, dtype=y.dtype), rate)[-1]
 
 
 def exact_decay(frontend):
@@ -283,7 +296,15 @@ def exact_satisfiability(frontend):
     return at
 
 
-# What torch's compiler and export cannot do; JAX does all.
+SOCP_VALUES = (
+    np.array([[1.0, -0.5], [0.3, 2.0]]),
+    np.array([[1.5, 0.2], [-0.4, 1.0]]),
+    np.array([0.3, -0.6]),
+    np.array([1.0, 2.0]),
+)
+SOCP_SHARED = (1, 2)
+
+# What torch's compiler and export cannot do, and JAX's account of which values differ by device.
 TRACING = "compile(fullgraph=True)", "export"
 NOT_TRACED = dict.fromkeys(TRACING, "cannot be traced")
 ON_THE_HOST = dict.fromkeys(TRACING, "give P and A as dense tensors")
@@ -291,17 +312,7 @@ NOT_EXPORTED = {"export": "cannot trace the derivative of a residual"}
 
 LAYERS = {
     "CvxpyLayer, QP": LayerCase(cvxpy_qp, exact_qp, QP_VALUES, QP_SHARED),
-    "CvxpyLayer, SOCP": LayerCase(
-        cvxpy_socp,
-        exact_socp,
-        (
-            np.array([[1.0, -0.5], [0.3, 2.0]]),
-            np.array([[1.5, 0.2], [-0.4, 1.0]]),
-            np.array([0.3, -0.6]),
-            np.array([1.0, 2.0]),
-        ),
-        (1, 2),
-    ),
+    "CvxpyLayer, SOCP": LayerCase(cvxpy_socp, exact_socp, SOCP_VALUES, SOCP_SHARED),
     "CvxpyLayer, SDP": LayerCase(
         cvxpy_sdp,
         exact_sdp,
@@ -322,8 +333,9 @@ LAYERS = {
     ),
     "solve_qp": LayerCase(matrix_qp, exact_qp, QP_VALUES, QP_SHARED),
     "solve_qp, sparse": LayerCase(
-        sparse_qp, exact_sparse_qp, QP_VALUES[1::2], refuses={"torch": ON_THE_HOST}
+        sparse_qp, exact_sparse_qp, QP_VALUES[1::2], refuses={"torch": ON_THE_HOST}, on_host=True
     ),
+    "solve_conic": LayerCase(matrix_socp, exact_socp, SOCP_VALUES, SOCP_SHARED),
     "fixed_point": LayerCase(
         linear_fixed_point, exact_linear, CELL_VALUES, (0,), refuses={"torch": NOT_TRACED}
     ),
@@ -341,7 +353,7 @@ LAYERS = {
         exact_satisfiability,
         (np.array([[-1.0, 0.6, 0.8], [-0.5, -0.7, 0.9]]), np.array([[0.3, 0.0], [0.8, 0.0]])),
         (0,),
-        refuses={"torch": NOT_TRACED},
+        refuses={"torch": NOT_TRACED, "jax": {"shard_map": "check_vma=False"}},
     ),
     "implicit": LayerCase(
         cube_root,

@@ -17,6 +17,7 @@ from ..canon.program import Output, Program
 from ..linalg.kkt import Problem
 from ..linalg.sensitivity import Regularity
 from ..ops import Array, Ops
+from ..ops import numpy as host
 from ..status import batch_axes
 from .assembly import assemble, splits
 from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restore_array, restore_batch
@@ -37,7 +38,7 @@ def _is_convex(program: Program) -> bool:
 
 def _bounds(program: Program) -> tuple[np.ndarray, np.ndarray]:
     """Bounds of the slack on the polyhedral rows; none where b is infinite, which says nothing."""
-    lower, upper = polyhedral_bounds(program.cones)
+    lower, upper = polyhedral_bounds(host, program.cones, program.q.constant)
     free = program.b.positions[np.isinf(program.b.constant)]
     lower[free] = -np.inf
     return lower, upper

@@ -85,7 +85,7 @@ def solve_cone(
     (P, q, A, b), lead = _prepare(ops, ["P", "q", "A", "b"], data, ["nn", "n", "mn", "m"], like)
     if b.shape[-1] != cones.rows:
         raise ValueError(f"the cones have {cones.rows} rows, but A and b have {b.shape[-1]}: {cones}")
-    lower, upper = (ops.constant(bound, q) for bound in polyhedral_bounds(cones))
+    lower, upper = polyhedral_bounds(ops, cones, q)
     warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
     with batch_axes(lead):
         solution = layer(ops, Problem(P, q, A, b, lower, upper), *warm)
@@ -97,10 +97,11 @@ def curved_part(cones: Cones) -> Cones:
     return replace(cones, zero=0, nonneg=0)
 
 
-def polyhedral_bounds(cones: Cones) -> tuple[np.ndarray, np.ndarray]:
+def polyhedral_bounds(ops: Ops, cones: Cones, like: Array) -> tuple[Array, Array]:
     """Bounds of the slack on the zero and nonnegative rows."""
-    upper = np.concatenate([np.zeros(cones.zero), np.full(cones.nonneg, np.inf)])
-    return np.zeros(cones.zero + cones.nonneg), upper
+    # Not constants of NumPy: torch.export cannot save those that are empty.
+    upper = ops.concat([ops.full([cones.zero], 0.0, like), ops.full([cones.nonneg], ops.inf, like)], 0)
+    return ops.full(upper.shape, 0.0, like), upper
 
 
 def _prepare(ops: Ops, names: Sequence[str], data: Sequence[Array | None], axes: Sequence[str], like: Array):

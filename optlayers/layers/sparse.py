@@ -228,7 +228,7 @@ def solve_sparse_cone(
     if layer.rows != cones.rows:
         raise ValueError(f"the cones have {cones.rows} rows, but A has {layer.rows}: {cones}")
     (q, b), lead = _vectors(ops, layer, "qb", data, like)
-    bounds = (ops.constant(bound, q)[None] for bound in polyhedral_bounds(cones))
+    bounds = (bound[None] for bound in polyhedral_bounds(ops, cones, q))
     solution = layer(ops, host, *_widest(ops, matrices), (q, b, *bounds), _warm(ops, warm))
     return restore_batch(ops, solution, lead, like)
 

@@ -70,11 +70,19 @@ def amax(x, axis, keepdims=False):
 
 
 def concat(arrays, axis):
-    return jnp.concatenate(list(arrays), axis=axis)
+    return jnp.concatenate(_alike(arrays), axis=axis)
 
 
 def stack(arrays, axis):
-    return jnp.stack(list(arrays), axis=axis)
+    return jnp.stack(_alike(arrays), axis=axis)
+
+
+def _alike(arrays):
+    """All as differing by device, where `jax.shard_map` keeps account of that, if one of them does."""
+    arrays = list(arrays)
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    return [x + _zero(x.dtype, *arrays) for x in arrays]
 
 
 def put(x, index, value):
@@ -134,12 +142,17 @@ def eigh(x):
     return jnp.where(finite, values, jnp.nan), jnp.where(finite[..., None], vectors, jnp.nan)
 
 
+def _steady(state):
+    leaves, structure = jax.tree.flatten(state)
+    return jax.tree.unflatten(structure, _alike(map(jnp.asarray, leaves)))
+
+
 def while_loop(condition, body, state):
-    return lax.while_loop(condition, body, state)
+    return lax.while_loop(condition, body, _steady(state))
 
 
 def repeat(count, body, state):
-    return lax.fori_loop(0, count, lambda _, state: body(state), state)
+    return lax.fori_loop(0, count, lambda _, state: body(state), _steady(state))
 
 
 def cond(condition, true, false, *operands):
@@ -294,9 +307,9 @@ def bounded_repeat(count, limit, body, state):
 def explicit(functions, examples):
     converted, theta = [], []
     for function, arguments in zip(functions, examples, strict=True):
-        pure, constants = jax.closure_convert(function, *arguments)
+        pure, constants = jax.closure_convert(function, *_steady(arguments))
         place = slice(len(theta), len(theta) + len(constants))
-        converted.append(lambda *args, pure=pure, place=place: pure(*args[:-1], *args[-1][place]))
+        converted.append(lambda *args, pure=pure, place=place: pure(*_steady(args[:-1]), *args[-1][place]))
         theta += [jnp.asarray(c) for c in constants]
     return converted, theta
 
