@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from optlayers.torch import CvxpyLayer, InteriorPoint
+from optlayers.torch import CvxpyLayer
 
 HORIZON, HIGH, ETA, BATCH, RATE, TRAINING = 12, 5.0, 5.0, 128, 5e-4, 0.7
 STATE_WEIGHT = 20.0  # of the squared error of the next state in the loss, beside that of the action
@@ -75,7 +75,7 @@ class Plan(nn.Module):
         dynamics = x == np.eye(HORIZON, k=-1) @ x @ A + u @ B + drift
         problem = cp.Problem(cp.Minimize(cost), [dynamics, u >= 0, u <= HIGH])
         parameters, settings = [A, B, drift, weight, pull], {"eps": 1e-6}
-        self.layer = CvxpyLayer(problem, parameters, [x, u], InteriorPoint(), solver_args=settings, order=1)
+        self.layer = CvxpyLayer(problem, parameters, [x, u], solver_args=settings, order=1)
         self.A, self.B_u = (nn.Parameter(torch.tensor([[value]])) for value in (0.9, 0.3))
         self.B_d = nn.Parameter(torch.zeros(disturbances, 1))
 
