@@ -1,18 +1,34 @@
 """Forward and backward through an ODE beside torchdiffeq and diffrax: time, evaluations, accuracy.
 
-    python benchmarks/ode.py [--framework torch|jax] [--tolerance 1e-5] [--repeats 5]
+    python benchmarks/ode.py [--framework torch|jax] [--tolerance 1e-5] [--repeats 5] [--output docs/ode.md]
 
-A field of three layers of width 64 drives a batch of 256 states, seen at 20 times. Errors are those of the
-solution, and of the gradient of its mean square in all weights relative to their largest entry, against a
-solve in double precision at 1e-10. Processor times, best of the repeats. Needs torchdiffeq or diffrax.
+Needs torchdiffeq or diffrax.
 """
 
 import argparse
+import os
+import sys
 import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from report import table, write_section  # noqa: E402
+
 BATCH, WIDTH, TIMES, END = 256, 64, 20, 5.0
+TITLE = f"""# Differential equations
+
+A field of three layers of width {WIDTH} drives a batch of {BATCH} states, seen at {TIMES} times; forward
+and backward in single precision, one thread. Times are the least processor time of several runs, and
+evaluations of the field those forward and backward. Errors are those of the solution, and of the gradient
+of its mean square in all weights relative to their largest entry, against double precision at 1e-10.
+"""
+HEADER = ("solver", "ms", "evaluations", "solution", "gradient")
 
 
 def weights():
@@ -25,10 +41,10 @@ def field_of(tanh):
     return lambda y, W: tanh(tanh(y @ W[0]) @ W[1]) @ W[2]
 
 
-def report(name, seconds, evaluations, y, gradient, exact):
+def row(name, seconds, evaluations, y, gradient, exact):
     error = np.sqrt(np.mean((np.asarray(y) - exact[0]) ** 2))
     off = max(abs(np.asarray(g) - e).max() / abs(e).max() for g, e in zip(gradient, exact[1], strict=True))
-    print(f"{name:36s} {seconds * 1e3:8.1f} ms {evaluations!s:>8s} {error:10.1e} {off:10.1e}", flush=True)
+    return name, f"{1e3 * seconds:.1f}", str(evaluations), f"{error:.0e}", f"{off:.0e}"
 
 
 def best(call, repeats):
@@ -73,8 +89,8 @@ def run_torch(tolerance, repeats):
 
     options = lambda tolerance: {"rtol": tolerance, "atol": tolerance}
     peers = {
-        "optlayers, shared steps": lambda f, y, t, tol: optlayers.odeint(f, y, t, **options(tol)),
-        "optlayers, steps of each sample": lambda f, y, t, tol: optlayers.odeint(
+        "OptLayers, shared steps": lambda f, y, t, tol: optlayers.odeint(f, y, t, **options(tol)),
+        "OptLayers, steps of each sample": lambda f, y, t, tol: optlayers.odeint(
             f, y, t.expand(BATCH, TIMES), **options(tol)
         ).transpose(0, 1),
         "torchdiffeq, adjoint": lambda f, y, t, tol: torchdiffeq.odeint_adjoint(f, y, t, **options(tol)),
@@ -83,10 +99,11 @@ def run_torch(tolerance, repeats):
             f, y, t, **options(tol / 30)
         ),
     }
-    exact = solve(next(iter(peers.values())), torch.float64, 1e-10)()
+    exact, rows = solve(next(iter(peers.values())), torch.float64, 1e-10)(), []
     for name, odeint in peers.items():
         seconds, (y, gradient) = best(solve(odeint, torch.float32, tolerance), repeats)
-        report(name, seconds, count[0], y, gradient, exact)
+        rows.append(row(name, seconds, count[0], y, gradient, exact))
+    return rows
 
 
 def run_jax(tolerance, repeats):
@@ -125,19 +142,27 @@ def run_jax(tolerance, repeats):
         return lambda: jax.block_until_ready(compiled(arrays[0]))
 
     (_, (y, _)), gradient = solve(ours, xp.float64, 1e-10)()
-    exact = np.asarray(y), [np.asarray(g) for g in gradient]
-    for name, layer in (("optlayers", ours), ("diffrax", peer)):
+    exact, rows = (np.asarray(y), [np.asarray(g) for g in gradient]), []
+    for name, layer in (("OptLayers", ours), ("diffrax", peer)):
         seconds, ((_, (y, evaluations)), gradient) = best(solve(layer, xp.float32, tolerance), repeats)
-        report(name, seconds, evaluations, y, gradient, exact)
+        rows.append(row(name, seconds, evaluations, y, gradient, exact))
+    return rows
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--framework", choices=("torch", "jax"), default="torch")
     parser.add_argument("--tolerance", type=float, default=1e-5)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "ode.md")
     options = parser.parse_args()
-    print(f"{'':36s} {'fwd+bwd':>11s} {'evals':>8s} {'y error':>10s} {'gradient':>10s}")
-    {"torch": run_torch, "jax": run_jax}[options.framework](options.tolerance, options.repeats)
+    run, peer = {"torch": (run_torch, "torchdiffeq"), "jax": (run_jax, "diffrax")}[options.framework]
+    lines = table([HEADER, *run(options.tolerance, options.repeats)])
+    print("\n".join(lines))
+    write_section(options.output, TITLE, "ode.py", options.framework, lines, (peer,))
+
+
+if __name__ == "__main__":
+    main()
