@@ -42,9 +42,7 @@ def dependencies(module):
 
 
 def is_place_of(framework, module):
-    return module in (f"optlayers.{framework}", f"optlayers.ops.{framework}") or module.startswith(
-        f"optlayers.{framework}."
-    )
+    return f"{module}.".startswith((f"optlayers.{framework}.", f"optlayers.ops.{framework}."))
 
 
 def assert_importable_without(frameworks, modules):
@@ -68,7 +66,7 @@ def assert_importable_without(frameworks, modules):
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_framework_is_imported_in_its_places_only(framework):
     importing = {m for m in MODULES if framework in (name.split(".")[0] for name in imported_names(m))}
-    assert f"optlayers.ops.{framework}" in importing
+    assert any(module.startswith(f"optlayers.ops.{framework}") for module in importing)
     assert {m for m in importing if not is_place_of(framework, m)} == set()
 
 

@@ -1,0 +1,126 @@
+"""Functions with backward rules of their own."""
+
+from __future__ import annotations
+
+import torch
+
+from .context import is_dual, run_while_compiling
+
+
+def vjp(function, x, live):
+    wanted = [i for i, y in enumerate(live) if y.requires_grad]
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        outputs = function(x, live)
+
+    def pull(cotangents):
+        pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
+        sources = [x, *[live[i] for i in wanted]]
+        differentiable, weights = zip(*pairs, strict=True)
+        x_bar, *rest = torch.autograd.grad(differentiable, sources, weights, allow_unused=True)
+        bars = [None] * len(live)
+        for i, bar in zip(wanted, rest, strict=True):
+            bars[i] = bar
+        return x_bar, bars
+
+    return outputs, pull
+
+
+def _separated(tensors):
+    """What was computed is cut off from its history: it may depend on another one, and be counted twice."""
+    return [x if x.is_leaf else x.detach().requires_grad_() for x in tensors]
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, sweep, *inputs):
+        ctx.sweep = sweep
+        ctx.save_for_backward(*inputs)
+        return tuple(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        inputs = _separated(ctx.saved_tensors)
+        return None, None, *ctx.sweep(inputs, cotangents)
+
+
+def replayed(values, replay, sweep, inputs):
+    return replay(inputs) if is_dual() else _Replayed.apply(values, sweep, *inputs)
+
+
+class _Zero(torch.autograd.Function):
+    """The number zero, formally a function of x, whose derivatives exist up to `order`.
+
+    A function with an identity as derivative rule would be shorter, but torch disables forward mode inside
+    such rules and nested forward mode would lose a tangent in silence; adding zero cannot.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, order, message):
+        return torch.zeros((), dtype=x.dtype, device=x.device)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.order, ctx.message = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def _lower(ctx, x):
+        if ctx.order == 0:
+            raise NotImplementedError(ctx.message)
+        return _Zero.apply(x, ctx.order - 1, ctx.message)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
+        return _Zero._lower(ctx, x).expand(x.shape), None, None
+
+    @staticmethod
+    def jvp(ctx, *_):
+        (x,) = ctx.saved_tensors
+        return _Zero._lower(ctx, x)
+
+
+def _zero(x, order, message):
+    return _Zero.apply(x, order, message)
+
+
+@run_while_compiling
+def _keep_whole():
+    """torch.compile cannot trace a function with a forward-mode rule; it can call one as it is."""
+    torch.compiler.allow_in_graph(_zero)
+
+
+def guard(x, order, message):
+    if torch.compiler.is_compiling():
+        _keep_whole()
+    return x + _zero(x, order, message)
+
+
+class _Surrogate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backward, count, *arrays):
+        ctx.backward_rule, ctx.count = backward, count
+        ctx.save_for_backward(*arrays)
+        return tuple(value.clone() for value in arrays[:count])
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        arrays = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
+        values, inputs = arrays[: ctx.count], arrays[ctx.count :]
+        with torch.no_grad():
+            results = ctx.backward_rule(values, _separated(inputs), cotangents)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Zeros whose derivatives raise: without them that of the result would be missing in silence.
+            message = "this gradient has no derivative of its own; use gradient='exact' or 'smoothed'"
+            stops = [_zero(x, 0, message) for x in (*inputs, *cotangents)]
+            results = [r if r is None else r + torch.stack(stops).sum() for r in results]
+        return None, None, *([None] * ctx.count), *results
+
+
+def surrogate_gradient(values, inputs, backward):
+    return _Surrogate.apply(backward, len(values), *(v.detach() for v in values), *inputs)
