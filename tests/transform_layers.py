@@ -257,9 +257,9 @@ def exact_cube_root(frontend):
 
 def decay(frontend):
     """y' = rate y on [0, 1], by 50 steps of order four."""
-    field = lambda t, y, rate: rate * y
+    field = lambda t, y, rate: rate[None] * y
     if frontend.name == "jax":
-        field = lambda y, t, rate: rate * y
+        field = lambda y, t, rate: rate[None] * y
     ode = frontend.module.ODE(field, method="rk4", step_size=0.02, order=2)
     return lambda y, rate: ode(y, frontend.xp.arange(2, dtype=y.dtype), rate)[-1]
 

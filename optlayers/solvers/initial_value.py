@@ -192,7 +192,7 @@ class RungeKutta:
         """The step towards a time that must be met, and whether it meets it; no small step is left over."""
         if not self.is_adaptive:
             parts = 1 + ops.to_int((1 - 1e-9) * ops.minimum(gap / h, 1e9))
-            return gap / parts, parts == 1
+            return gap / ops.cast(parts, gap), parts == 1
         meets = 1.01 * h >= gap
         return ops.where(meets, gap, ops.where(2 * h > gap, gap / 2, h)), meets
 

@@ -1,0 +1,104 @@
+"""Loops, branches, parts of a batch, and calls of the host."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .context import steady
+
+
+def while_loop(condition, body, state):
+    return lax.while_loop(condition, body, steady(state))
+
+
+def repeat(count, body, state):
+    return lax.fori_loop(0, count, lambda _, state: body(state), steady(state))
+
+
+def bounded_repeat(count, limit, body, state):
+    # In chunks, so that what is behind the count costs about the square root of the limit.
+    chunk = math.isqrt(limit) + 1
+    step = jax.checkpoint(body)
+
+    def one(carry, _):
+        i, state = carry
+        return (i + 1, lax.cond(i < count, step, lambda state: state, state)), None
+
+    def many(carry, _):
+        i, state = carry
+        run = lambda carry: lax.scan(one, carry, None, length=chunk)[0]
+        skip = lambda carry: (carry[0] + chunk, carry[1])
+        return lax.cond(i < count, run, skip, carry), None
+
+    state = jax.tree.map(jnp.asarray, state)
+    (_, state), _ = lax.scan(many, (jnp.zeros_like(count), state), None, length=chunk)
+    return state
+
+
+def cond(condition, true, false, *operands):
+    return lax.cond(condition, true, false, *operands)
+
+
+@jax.custom_batching.custom_vmap
+def _in_any_call(condition):
+    """`condition`, under a vectorising map whether it holds in any of its calls."""
+    return condition
+
+
+@_in_any_call.def_vmap
+def _(axis_size, in_batched, condition):
+    return _in_any_call(jnp.any(condition, 0) if in_batched[0] else condition), False
+
+
+def cond_or_both(condition, both, false, operand):
+    # With a condition for each call, JAX would put stop_gradient into what may have to be transposed.
+    return lax.cond(_in_any_call(condition), both, false, operand)
+
+
+def on_rows(mask, function, data, ndims, state):
+    return lax.cond(jnp.any(mask), function, lambda data, state: state, tuple(data), state)
+
+
+def in_blocks(function, arrays, ndims, size):
+    return function(*arrays)
+
+
+stop_gradient = lax.stop_gradient
+
+
+def is_constant(x):
+    return not isinstance(x, jax.core.Tracer)
+
+
+any_mapped = jnp.any
+largest = jnp.max
+
+
+def on_host(function, *arrays):
+    if not any(isinstance(x, jax.core.Tracer) for x in arrays):
+        function(*(np.asarray(x) for x in arrays))
+
+
+def reported(x, failed, function, *arrays):
+    # Not jax.debug.callback, which multiplied the compilation time of second derivatives by six.
+    on_host(function, *arrays)
+    return jnp.where(failed[:, None], jnp.nan, x)
+
+
+def call_host(function, shapes, active, *arrays):
+    dtype = arrays[0].dtype
+    results = [jax.ShapeDtypeStruct(tuple(shape), dtype) for shape in shapes]
+
+    def call(*values):
+        return [np.asarray(x, dtype) for x in function(*map(np.asarray, values))]
+
+    return jax.pure_callback(call, results, active, *arrays, vmap_method="broadcast_all")
+
+
+def call_detached(function, *args):
+    return jax.tree.map(lax.stop_gradient, function(*jax.tree.map(lax.stop_gradient, args)))

@@ -1,0 +1,66 @@
+"""Derivatives of functions as linear maps, and solves with them that are differentiated by further solves."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jax import lax
+
+from .context import zero
+
+
+def frozen(function, x):
+    # A new function for JAX's caches: they know functions, not the values that these close over.
+    jaxpr = jax.make_jaxpr(lambda z: function(z))(lax.stop_gradient(x))
+    constants = [lax.stop_gradient(c) for c in jaxpr.consts]
+    return lambda z: jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr.jaxpr, constants))(z)[0]
+
+
+def frozen_jvp(function, x):
+    return lambda dx: jax.jvp(function, (lax.stop_gradient(x),), (dx,))[1]
+
+
+def jacobian(function, x):
+    size, x = math.prod(x.shape[1:]), lax.stop_gradient(x)
+
+    def column(e):
+        direction = jnp.broadcast_to(e.reshape(x.shape[1:]), x.shape)
+        return jax.jvp(function, (x,), (direction,))[1].reshape(x.shape[0], size)
+
+    return lax.stop_gradient(jax.vmap(column, out_axes=-1)(jnp.eye(size, dtype=x.dtype)))
+
+
+def tangent_map(function, x):
+    return jax.linearize(frozen(function, x), x)[1]
+
+
+def pullback(function, x):
+    back = jax.vjp(function, lax.stop_gradient(x))[1]
+    return lambda v: back(v)[0]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _increment(solve, r, frozen):
+    return jnp.zeros_like(r) + zero(r.dtype, r, *frozen)
+
+
+@_increment.defjvp
+def _(solve, primals, tangents):
+    r, frozen = primals
+    return _increment(solve, r, frozen), solve(tangents[0], False, *map(lax.stop_gradient, frozen))
+
+
+def increment(solve, r, *frozen):
+    return _increment(solve, r, frozen)
+
+
+def solve_increment(function, x, solve, r, *constants):
+    x, constants = lax.stop_gradient(x), lax.stop_gradient(constants)
+    inverse = lambda J, r: solve(J, r, *constants)
+    return lax.custom_linear_solve(
+        tangent_map(function, x), r - lax.stop_gradient(r), inverse, transpose_solve=inverse
+    )

@@ -1,0 +1,105 @@
+"""Solvers as opaque values, and functions with derivatives of their own."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .context import steady, zero
+
+
+def leaf(solve, inputs):
+    return solve(sys.modules[__package__], *(lax.stop_gradient(x) for x in inputs))
+
+
+def explicit(functions, examples):
+    converted, theta = [], []
+    for function, arguments in zip(functions, examples, strict=True):
+        pure, constants = jax.closure_convert(function, *steady(arguments))
+        place = slice(len(theta), len(theta) + len(constants))
+        converted.append(lambda *args, pure=pure, place=place: pure(*steady(args[:-1]), *args[-1][place]))
+        theta += [jnp.asarray(c) for c in constants]
+    return converted, theta
+
+
+def vjp(function, x, live):
+    return jax.vjp(function, x, list(live))
+
+
+def replayed(values, replay, sweep, inputs):
+    # A linear map M with a transpose of its own is what JAX's custom_linear_solve offers: for the solution
+    # (M s, s) of out - M in = 0, in = s. It never multiplies by the matrix, whose derivatives are not asked
+    # for.
+    frozen = [lax.stop_gradient(x) for x in inputs]
+
+    def tangents(changes):
+        return jax.jvp(lambda *x: tuple(replay(list(x))), tuple(frozen), tuple(changes))[1]
+
+    def solve(_, rhs):
+        outputs, changes = rhs
+        add = lambda: tuple(o + d for o, d in zip(outputs, tangents(changes), strict=True))
+        # The right-hand side is zero but in derivatives.
+        is_derivative = jnp.stack([jnp.any(x != 0) for x in changes]).any()
+        return lax.cond(is_derivative, add, lambda: outputs), changes
+
+    def solve_transposed(_, rhs):
+        outputs, changes = rhs
+        swept = sweep(frozen, outputs)
+        return outputs, tuple(c + s for c, s in zip(changes, swept, strict=True))
+
+    zeros = [jnp.where(jnp.isfinite(x), x - lax.stop_gradient(x), 0) for x in inputs]
+    # All of the right-hand side is formally a function of all inputs: JAX 0.10 fails if a part is of none.
+    anchor = sum([0 * jnp.sum(x).astype(values[0].dtype) for x in zeros])
+    zeros = tuple(x + anchor.astype(x.dtype) for x in zeros)
+    none = tuple(jnp.zeros_like(v) + anchor for v in values)
+    changes, _ = lax.custom_linear_solve(lambda x: x, (none, zeros), solve, solve_transposed)
+    return [lax.stop_gradient(v) + c for v, c in zip(values, changes, strict=True)]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _one(x, order, message):
+    """The number one, formally a function of x, whose derivatives exist up to `order`."""
+    return jnp.ones((), x.dtype) + zero(x.dtype, x)
+
+
+@_one.defjvp
+def _(order, message, primals, tangents):
+    if order == 0:
+        raise NotImplementedError(message)
+    # Selected, not multiplied by zero: a tangent that is not finite must not reach the rest of the batch.
+    nothing = jnp.sum(jnp.where(False, tangents[0], 0)) * _one(primals[0], order - 1, message)
+    return _one(primals[0], order, message), nothing
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def guard(x, order, message):
+    return x
+
+
+@guard.defjvp
+def _(order, message, primals, tangents):
+    if order == 0:
+        raise NotImplementedError(message)
+    (x,), (tangent,) = primals, tangents
+    return guard(x, order, message), tangent * _one(x, order - 1, message)
+
+
+def surrogate_gradient(values, inputs, backward):
+    @jax.custom_vjp
+    def attach(values, inputs):
+        return values
+
+    def run_backward(saved, cotangents):
+        values, inputs = saved
+        results = backward(values, inputs, cotangents)
+        message = "this gradient has no derivative of its own; use gradient='exact' or 'smoothed'"
+        # Zeros whose derivatives raise: without them that of the result would be wrong in silence.
+        stop = sum(jnp.sum(jnp.where(False, guard(x, 0, message), 0)) for x in (*inputs, *cotangents))
+        return tuple(map(jnp.zeros_like, values)), tuple(r + stop for r in results)
+
+    attach.defvjp(lambda values, inputs: (values, (values, inputs)), run_backward)
+    return attach(tuple(lax.stop_gradient(v) for v in values), tuple(inputs))
