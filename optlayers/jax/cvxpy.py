@@ -129,6 +129,5 @@ def _like(values: Sequence[Array], parameters: Sequence[Any]) -> Array:
     for value, parameter in zip(values, parameters, strict=False):
         if jnp.iscomplexobj(value) and not parameter.is_complex():
             raise ValueError(f"parameter {name(parameter)} is real, got a complex array; pass its real part")
-    dtypes = [value.dtype for value in values if jnp.issubdtype(value.dtype, jnp.inexact)]
-    dtype = functools.reduce(jnp.promote_types, dtypes) if dtypes else jnp.result_type(float)
-    return jnp.zeros((), jnp.finfo(dtype).dtype)
+    dtypes = [jnp.finfo(value.dtype).dtype for value in values if jnp.issubdtype(value.dtype, jnp.inexact)]
+    return jnp.zeros((), functools.reduce(jnp.promote_types, dtypes) if dtypes else jnp.result_type(float))
