@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
+import workloads  # noqa: E402
 from report import table  # noqa: E402
 
-import layers  # noqa: E402
 from optlayers.layers.cvxpy import CvxpyProgram  # noqa: E402
 
 WORKLOADS = ("W1", "W2", "W3")
@@ -149,7 +149,7 @@ def rows(name, device, batch, size):
     flops, bandwidth = rates(framework, size)
     print(f"{name}: {flops / 1e12:.2f} Tflop/s, {bandwidth / 1e9:.0f} GB/s", flush=True)
     for workload in WORKLOADS:
-        problem, parameters, variable, values, weights, _ = layers.build(workload, batch)
+        problem, parameters, variable, values, weights, _ = workloads.build(workload, batch)
         forward, both = framework.calls(problem, parameters, variable, values, weights)
         (x, forward_time), (gradients, both_time) = (seconds(framework, call) for call in (forward, both))
         few = host.calls(problem, parameters, variable, [value[:CHECKED] for value in values], weights)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
+import workloads  # noqa: E402
 from report import table  # noqa: E402
 
 import layers  # noqa: E402
@@ -41,7 +42,11 @@ def measure(framework, sweep, value):
     rng = np.random.default_rng(0)
 
     def workload(value):
-        made = layers.simplex(rng, value) if sweep == "batch" else layers.dense_qp(rng, 1, value, value // 2)
+        made = (
+            workloads.simplex(rng, value)
+            if sweep == "batch"
+            else workloads.dense_qp(rng, 1, value, value // 2)
+        )
         return made[3], MAKERS[framework](*made, rng.standard_normal(made[2].shape))[1]
 
     workload(2)[1]()
