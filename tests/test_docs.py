@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -68,3 +69,28 @@ def test_code_is_run_unless_marked(page):
     fences = re.findall(r"^[ \t]*```[ \t]*([^\n]*)$", page.read_text(encoding="utf-8"), re.M)
     opened = fences[::2]
     assert all(language in LANGUAGES or language.startswith("{") for language in opened), opened
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the other libraries
+@pytest.mark.parametrize("library", ["cvxpylayers", "qpth", "jaxopt", "torchdeq", "torchdiffeq"])
+def test_other_libraries_compute_the_same(library):
+    """The columns of the page on moving from the library: what both assign is the same."""
+    for package in (library, "torch", "jax"):
+        pytest.importorskip(package)
+    page = (ROOT / "docs" / "how-to" / "migrate.md").read_text(encoding="utf-8")
+    section = page.split(f"## From {library}\n")[1].split("\n## ")[0]
+    common, compared = {}, 0
+    blocks = re.findall(r"^```(py|python)\n(.*?)^```", section, re.M | re.S)
+    exec(blocks.pop(0)[1], common)
+    for (left, theirs), (right, ours) in zip(blocks[::2], blocks[1::2], strict=True):
+        assert (left, right) == ("py", "python")
+        results = {**common}, {**common}
+        exec(theirs, results[0])
+        exec(ours, results[1])
+        for name in set(results[0]) & set(results[1]) - set(common):
+            pair = [value[name] for value in results]
+            if all(hasattr(value, "dtype") for value in pair):
+                values = [np.asarray(getattr(value, "detach", lambda: value)()) for value in pair]
+                np.testing.assert_allclose(*values, atol=1e-3)
+                compared += 1
+    assert compared
