@@ -33,6 +33,7 @@ from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 FIRST_TAB = "PyTorch"
+FULL_WIDTH = 7.2  # inches of a figure as wide as the text
 
 
 def reset() -> None:
@@ -143,7 +144,8 @@ class RunCode(SphinxTransform):
             if not text:
                 raise ExtensionError(f"{self.env.docname}: a figure without title has no text for the blind")
             uri = os.path.relpath(folder / name, Path(self.env.doc2path(self.env.docname)).parent)
-            images.append(nodes.image(uri=uri, alt=text, classes=["picture"]))
+            width = f"{100 * min(figure.get_figwidth() / FULL_WIDTH, 1):.0f}%"
+            images.append(nodes.image(uri=uri, alt=text, width=width, classes=["picture"]))
         pyplot.close("all")
         return images
 
