@@ -5,13 +5,12 @@
 The cell is z = tanh(W z + U x + b), |W| = radius, 256 numbers a sample, 256 samples, one thread. Each method
 is run at several tolerances; the row is that of the loosest one at which the solution and the gradients of W,
 U, b and x, of the sum of squares of z, are right to 1e-6 (double precision), relative to a solution at 1e-14.
-So times are at equal accuracy. Seconds of the CPU for forward and backward together, the least of some runs.
-Memory is the peak of a process of its own above that of its start, at 10 and at 200 iterations.
+So times are at equal accuracy. They are those of the CPU, for forward and backward together: the least of some
+calls, in which the methods take turns. Memory is the peak of a process of its own above that of its start, at
+10 and at 200 iterations.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import os
 import resource
 import subprocess
@@ -22,10 +21,23 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from report import table, write_section  # noqa: E402
 
 SIZE, TOLERANCES, TARGET = 256, 10.0 ** -np.arange(4.0, 10.0, 0.5), 1e-6
 HEADER = ("method", "time (ms)", "iterations", "tolerance", "error of z", "error of gradients")
+PEERS = {"torch": ("torchdeq",), "jax": ("jaxopt", "optimistix")}
+TITLE = """# Equilibria beside other libraries
+
+z = tanh(W z + U x + b) with 256 numbers a sample, 256 samples, in double precision on one thread. Each method
+is run at falling tolerances; its row is that of the first one at which the solution and the gradients of W, U,
+b and x are right to 1e-6. So the times, of the CPU, forward and backward together, are at equal accuracy.
+
+- time: the least of several calls, which the methods take in turns
+- iterations: of the sample that takes most
+- tolerance: each library's own; what it bounds differs between them
+"""
 
 
 def make_data(radius):
@@ -159,23 +171,29 @@ def error(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-def measure(name, method, expected, repeats):
-    """The row of the loosest tolerance that is accurate enough."""
+def loosest(method, expected):
+    """The first tolerance that is accurate enough, or else the last; whether it is; its columns of the table."""
     for tol in TOLERANCES:
         z, gradients, iterations = method(tol)
-        of_z = error(z, expected[0])
-        of_gradients = max(map(error, gradients, expected[1]))
-        if max(of_z, of_gradients) <= TARGET:
+        errors = error(z, expected[0]), max(map(error, gradients, expected[1]))
+        if max(errors) <= TARGET:
             break
-    else:
-        return name, "-", str(iterations), f"{tol:.0e}", f"{of_z:.0e}", f"{of_gradients:.0e}"
-    seconds = []
+    return tol, max(errors) <= TARGET, (str(iterations), *(f"{entry:.0e}" for entry in (tol, *errors)))
+
+
+def measure(methods, expected, repeats):
+    """The rows of the table. The methods take turns, since a shared machine is fast and slow at times."""
+    found = {name: loosest(method, expected) for name, method in methods.items()}
+    least = dict.fromkeys(methods, np.inf)
     for _ in range(repeats):
-        start = time.process_time()
-        method(tol)
-        seconds.append(time.process_time() - start)
-    least = f"{1e3 * min(seconds):.0f}"
-    return name, least, str(iterations), f"{tol:.0e}", f"{of_z:.0e}", f"{of_gradients:.0e}"
+        for name, method in methods.items():
+            start = time.process_time()
+            method(found[name][0])
+            least[name] = min(least[name], time.process_time() - start)
+    return [
+        (name, f"{1e3 * least[name]:.0f}" if is_accurate else "-", *columns)
+        for name, (_, is_accurate, columns) in found.items()
+    ]
 
 
 def peak_memory(kind, iterations, samples=4096, width=512):
@@ -207,41 +225,27 @@ def report_memory(kind, iterations, samples, width):
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
-def table(header, rows):
-    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--framework", choices=("torch", "jax"), default="torch")
+    parser.add_argument("--framework", choices=PEERS, default="torch")
     parser.add_argument("--radius", type=float, default=0.9)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument(
-        "--memory", action="store_true", help="measure the memory, in torch, and nothing else"
-    )
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--memory", action="store_true", help="of memory, in torch, and nothing else")
+    parser.add_argument("--output", type=Path, help="the report of which to write a section")
     options = parser.parse_args()
     if options.memory:
         header = ("method", "10 iterations (MB)", "200 iterations (MB)")
-        rows = [
-            (kind, *(f"{peak_memory(kind, n):.0f}" for n in (10, 200)))
-            for kind in ("equilibrium", "unrolled")
-        ]
+        kinds = ("equilibrium", "unrolled")
+        rows = [(kind, *(f"{peak_memory(kind, n):.0f}" for n in (10, 200))) for kind in kinds]
+        lines = table([header, *rows])
     else:
         data = make_data(options.radius)
-        expected, rows, header = reference(data), [], HEADER
         methods = {"torch": torch_methods, "jax": jax_methods}[options.framework](data)
-        for name, method in methods.items():
-            rows.append(measure(name, method, expected, options.repeats))
-            print(*rows[-1], sep="\t", flush=True)
-    lines = table(header, rows)
+        lines = table([HEADER, *measure(methods, reference(data), options.repeats)])
     print("\n".join(lines))
     if options.output:
-        peers = ("torchdeq",) if options.framework == "torch" else ("jaxopt", "optimistix")
-        versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in (options.framework, *peers))
-        title = f"`benchmarks/fixed_points.py --framework {options.framework} --radius {options.radius}`"
-        head = [f"Written by {title} on {datetime.date.today()}, with {versions}.", ""]
-        options.output.write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
+        packages = PEERS[options.framework]
+        write_section(options.output, TITLE, "fixed_points.py", options.framework, lines, packages)
 
 
 if __name__ == "__main__":

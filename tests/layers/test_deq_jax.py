@@ -81,3 +81,18 @@ def test_flax_nnx_module(x):
         nnx.grad(lambda deq, unroll: (deq(x, unroll=unroll) ** 2).sum()), static_argnames="unroll"
     )
     assert_same(gradient(deq, unroll=None), gradient(deq, unroll=100), 4)
+
+
+def test_memory_does_not_grow_with_iterations():
+    """The compiled gradient of an equilibrium needs the same memory for 10 and for 200 iterations."""
+    W = 0.5 * jnp.eye(16)
+    x = jnp.ones((32, 16))
+
+    def kilobytes(iterations, unroll):
+        deq = DEQ(lambda z, x: jnp.tanh(z @ W + x), max_iter=iterations, on_failure="mask")
+        loss = lambda x: deq(x, unroll=iterations if unroll else None).sum()
+        return jax.jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes / 1024
+
+    few, many = (kilobytes(n, unroll=False) for n in (10, 200))
+    assert few == many
+    assert kilobytes(200, unroll=True) > 10 * many
