@@ -3,11 +3,11 @@
     python benchmarks/fixed_points.py [--framework torch|jax] [--radius 0.9] [--output docs/fixed_points.md]
 
 The cell is z = tanh(W z + U x + b), |W| = radius, 256 numbers a sample, 256 samples, one thread. Each method
-is run at several tolerances; the row is that of the loosest one at which the solution and the gradients of W,
-U, b and x, of the sum of squares of z, are right to 1e-6 (double precision), relative to a solution at 1e-14.
-So times are at equal accuracy. They are those of the CPU, for forward and backward together: the least of some
-calls, in which the methods take turns. Memory is the peak of a process of its own above that of its start, at
-10 and at 200 iterations.
+is run at several tolerances; the row is that of the loosest one at which the solution and the gradients of
+W, U, b and x, of the sum of squares of z, are right to 1e-6 (double precision), relative to a solution at
+1e-14. So times are at equal accuracy. They are those of the CPU, for forward and backward together: the least
+of some calls, in which the methods take turns. Memory is the peak of a process of its own above that of its
+start, at 10 and at 200 iterations.
 """
 
 import argparse
@@ -31,8 +31,8 @@ PEERS = {"torch": ("torchdeq",), "jax": ("jaxopt", "optimistix")}
 TITLE = """# Equilibria beside other libraries
 
 z = tanh(W z + U x + b) with 256 numbers a sample, 256 samples, in double precision on one thread. Each method
-is run at falling tolerances; its row is that of the first one at which the solution and the gradients of W, U,
-b and x are right to 1e-6. So the times, of the CPU, forward and backward together, are at equal accuracy.
+is run at falling tolerances; its row is that of the first one at which the solution and the gradients of W,
+U, b and x are right to 1e-6. So the times, of the CPU, forward and backward together, are at equal accuracy.
 
 - time: the least of several calls, which the methods take in turns
 - iterations: of the sample that takes most
@@ -172,7 +172,7 @@ def error(actual, expected):
 
 
 def loosest(method, expected):
-    """The first tolerance that is accurate enough, or else the last; whether it is; its columns of the table."""
+    """The first tolerance that is accurate enough, or the last; whether it is; the columns from there."""
     for tol in TOLERANCES:
         z, gradients, iterations = method(tol)
         errors = error(z, expected[0]), max(map(error, gradients, expected[1]))

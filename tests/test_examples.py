@@ -10,7 +10,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [("polytope", "torch"), ("polytope", "jax"), ("sudoku", "torch"), ("sudoku_jax", "jax")]
-TORCH = ("deq_digits", "mpc_quadrotor", "hvac_mpc", "neural_ode", "latent_ode", "gru_ode_bayes", "neural_cde")
+TORCH = (
+    "deq_digits",
+    "mdeq",
+    "mpc_quadrotor",
+    "hvac_mpc",
+    "neural_ode",
+    "latent_ode",
+    "gru_ode_bayes",
+    "neural_cde",
+)
 EXAMPLES += [(name, "torch") for name in TORCH]
 
 
@@ -107,8 +116,19 @@ def check_deq_digits(output):
     assert unrolled[-1] > 10 * unrolled[0]
 
 
+def check_mdeq(output):
+    table = {name: [float(x.replace(",", "")) for x in row] for name, row in rows(output, width=24).items()}
+    (accuracy, iou, _, iterations, _), (explicit, *_) = table["digits, MDEQ"], table["digits, explicit FCN"]
+    assert accuracy >= max(0.93, explicit - 0.03)
+    assert iou >= 0.8
+    assert iterations < 8 and table["canvases, MDEQ"][3] < 8
+    for task in ("digits", "canvases"):
+        assert table[f"{task}, MDEQ"][2] == table[f"{task}, explicit FCN"][2]
+
+
 CHECKS = {
     "deq_digits": check_deq_digits,
+    "mdeq": check_mdeq,
     "hvac_mpc": check_hvac_mpc,
     "gru_ode_bayes": check_gru_ode_bayes,
     "latent_ode": check_latent_ode,
