@@ -333,7 +333,7 @@ def draw(results, path, shown=6):
         bar = figure.colorbar(drawn, ax=axes, ticks=range(CLASSES), shrink=0.7)
         bar.ax.set_yticklabels([*map(str, range(10)), "none"])
         figure.suptitle("Every pixel is labelled from one equilibrium at two resolutions")
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 # %%
