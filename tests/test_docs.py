@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -62,6 +63,18 @@ def test_site(tmp_path):
     own = {name for name in jax.__all__ if getattr(jax, name) is not getattr(torch, name)}
     assert {f"optlayers.jax.{name}" for name in own} <= documented
     assert "CvxpyLayer" in (tmp_path / "searchindex.js").read_text(encoding="utf-8")
+    if browser := shutil.which("chromium") or shutil.which("google-chrome"):
+        found = search(browser, tmp_path, "CvxpyLayer")
+        assert {f"reference/{name}.html#optlayers.{name}.CvxpyLayer" for name in ("torch", "jax")} <= found
+
+
+def search(browser, site, word):
+    """Where the search of the site, run in the browser, finds the word."""
+    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=15000", "--dump-dom")
+    address = f"{(site / 'search.html').as_uri()}?q={word}"
+    result = subprocess.run([browser, *options, address], capture_output=True, text=True, timeout=300)
+    _, _, results = result.stdout.partition('id="search-results"')
+    return set(re.findall(r'href="([^"]*)" data-score', results))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT / "docs")))
