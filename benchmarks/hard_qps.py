@@ -185,8 +185,9 @@ def main():
     lines = [
         "# Hard quadratic programs",
         "",
-        "Written by `benchmarks/hard_qps.py`. A problem counts if the unscaled primal residual, dual",
-        "residual and duality gap of the returned x and y, each relative, are below the level.",
+        f"Written by `benchmarks/hard_qps.py{' --full' * options.full}`. A problem counts if the unscaled",
+        "primal residual, dual residual and duality gap of the returned x and y, each relative, are below",
+        "the level.",
         "",
         f"{len(named)} problems of {source}, {datetime.date.today()}, {', '.join(versions)}, one thread.",
         "",

@@ -52,7 +52,7 @@ SIZES = {
     "small": Size(),
     "large": Size(channels=(64, 128, 256), digit_steps=5000, canvas_steps=30000, batch=128, canvases=2000),
 }
-QUICK = Size(channels=(8, 16), digit_steps=200, canvas_steps=20, canvases=20)
+QUICK = Size(channels=(16, 32), digit_steps=300, canvas_steps=60, canvases=20)
 
 # %% [markdown]
 # ## The tasks
@@ -312,24 +312,27 @@ def print_table(results):
 INK = "#212b36"
 
 
-def draw(results, path, shown=6):
-    """Some canvases, the true labels and those of the two networks."""
-    test, rows = results["canvases"]
-    images = [("canvas", test.image[:shown, 0], {"cmap": "gray_r", "vmin": -0.3, "vmax": 1})]
+def draw(results, path, shown=3):
+    """Some images of both tasks, the true labels and those of the two networks."""
     colors = matplotlib.colors.ListedColormap([*plt.get_cmap("tab10").colors, (0.95, 0.96, 0.97)])
-    labels = {"cmap": colors, "vmin": -0.5, "vmax": 10.5, "interpolation": "nearest"}
-    images.append(("truth", test.label[:shown], labels))
-    images += [(f"{r.method}\nmIoU {r.iou:.2f}", r.labels[:shown], labels) for r in rows]
+    of_labels = {"cmap": colors, "vmin": -0.5, "vmax": 10.5, "interpolation": "nearest"}
+    of_images = {"cmap": "gray_r", "vmin": -0.3, "vmax": 1}
+    methods, columns = zip(*(rows for _, rows in results.values()), strict=True), shown * len(results)
+    scores = [f"{pair[0].method}\nmIoU " + ", ".join(f"{r.iou:.2f}" for r in pair) for pair in methods]
     with plt.rc_context({"font.size": 12, "text.color": INK, "axes.labelcolor": INK}):
         figure, axes = plt.subplots(
-            len(images), shown, figsize=(1.9 * shown + 2.4, 7.9), layout="constrained"
+            2 + len(scores), columns, figsize=(1.9 * columns + 2.4, 7.9), layout="constrained"
         )
-        for line, (title, pictures, options) in zip(axes, images, strict=True):
+        for line, title in zip(axes, ["image", "truth", *scores], strict=True):
             line[0].set_ylabel(title, rotation=0, ha="right", va="center")
-            for part, picture in zip(line, pictures, strict=True):
-                drawn = part.imshow(picture, **options)
-                part.set(xticks=[], yticks=[])
-                part.spines[:].set_color("#c4cdd5")
+        for i, (test, rows) in enumerate(results.values()):
+            pictures = (test.image[:, 0], test.label, *(r.labels for r in rows))
+            for line, picture in zip(axes, pictures, strict=True):
+                for part, one in zip(line[shown * i :], picture[:shown], strict=False):
+                    drawn = part.imshow(one, **of_images if picture is pictures[0] else of_labels)
+        for part in axes.flat:
+            part.set(xticks=[], yticks=[])
+            part.spines[:].set_color("#c4cdd5")
         bar = figure.colorbar(drawn, ax=axes, ticks=range(CLASSES), shrink=0.7)
         bar.ax.set_yticklabels([*map(str, range(10)), "none"])
         figure.suptitle("Every pixel is labelled from one equilibrium at two resolutions")

@@ -134,11 +134,6 @@ def run(
     return Solution(best[0], status, iterations, best[1], history, trajectory, state)
 
 
-def _scaled(factor: float, x: Array) -> Array:
-    """factor x; a factor of one costs no pass over the memory."""
-    return x if factor == 1 else factor * x
-
-
 @dataclass(frozen=True)
 class Picard:
     """z <- (1 - damping) z + damping f(z), which converges where f is a contraction.
@@ -155,7 +150,7 @@ class Picard:
         return ()
 
     def step(self, ops, problem, k, z, g, state, running):
-        return z + _scaled(self.damping, g), state
+        return z + self.damping * g, state
 
 
 class _AndersonState(NamedTuple):
@@ -197,13 +192,12 @@ class Anderson:
 
     def step(self, ops, problem, k, z, g, state, running):
         place, y = (k - 1) % self.memory, g - state.g  # zero in iteration 0
-        steps = ops.put_row(state.steps, place, z - state.z + _scaled(self.damping, y))
+        steps = ops.put_row(state.steps, place, z - state.z + self.damping * y)
         dG = ops.put_row(state.dG, place, y)
         with_y, with_g = products(ops, dG, y), products(ops, dG, g)
         gram = ops.put_row(ops.put_row(state.gram, place, with_y).mT, place, with_y).mT
         gamma = self._weights(ops, gram, with_g)
-        new = z + _scaled(self.damping, g) - combine(ops, gamma, steps)
-        return new, _AndersonState(z, g, steps, dG, gram)
+        return z + self.damping * g - combine(ops, gamma, steps), _AndersonState(z, g, steps, dG, gram)
 
     def _weights(self, ops, gram, rhs):
         """gamma (B, m) with (gram + regularization) gamma = rhs, all zero for a singular sample."""
@@ -261,7 +255,7 @@ class Broyden:
         V = ops.put_row(state.V, place, keep(v, state.V))
         used = ops.where(running, place + 1, state.used)
         Hg = inverse_product(ops, *(ops.leading(rows, place + 1) for rows in (U, V)), place + 1, g)
-        return z - _scaled(self.damping, Hg), _BroydenState(z, g, U, V, used)
+        return z - self.damping * Hg, _BroydenState(z, g, U, V, used)
 
     def _update(self, ops, U, V, used, s, y):
         """The rows u and v that make H y = s, or zeros where there are none."""
@@ -310,4 +304,4 @@ class NewtonKrylov:
         tangent = problem.tangent(z)
         rhs = ops.where(running[:, None], g, 0.0)
         dz = gmres(ops, lambda d: d - tangent(d), rhs, self.krylov, self.inner_tol)
-        return z + _scaled(self.damping, dz), state
+        return z + self.damping * dz, state

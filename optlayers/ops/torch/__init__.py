@@ -1,83 +1,11 @@
 """The seam for PyTorch: see `optlayers.ops.Ops` for what each function does."""
 
-# ruff: noqa: F401
+# ruff: noqa: F403
 
-from __future__ import annotations
-
-from .arrays import (
-    add_diagonal,
-    all,
-    amax,
-    any,
-    arctan2,
-    argsort,
-    broadcast_to,
-    cast,
-    cholesky,
-    cholesky_solve,
-    complex_number,
-    concat,
-    constant,
-    cos,
-    diagonal,
-    eigh,
-    eps,
-    exp,
-    eye,
-    full,
-    grown,
-    imag,
-    inf,
-    inverse_triangular,
-    isfinite,
-    leading,
-    log,
-    lu_factor,
-    lu_solve,
-    maximum,
-    minimum,
-    moveaxis,
-    multiply_add,
-    nan,
-    norm,
-    put,
-    put_row,
-    put_rows,
-    real,
-    reshape,
-    rows,
-    scatter_add,
-    sin,
-    sqrt,
-    stack,
-    sum,
-    take,
-    take_rows,
-    to_int,
-    tree_flatten,
-    weighted_sum,
-    where,
-    widest,
-)
-from .closures import explicit
-from .context import run_while_compiling
-from .control import (
-    any_mapped,
-    bounded_repeat,
-    call_detached,
-    call_host,
-    cond,
-    cond_or_both,
-    in_blocks,
-    is_constant,
-    largest,
-    on_host,
-    on_rows,
-    repeat,
-    reported,
-    stop_gradient,
-    while_loop,
-)
-from .leaf import leaf
-from .linear import frozen, frozen_jvp, increment, jacobian, pullback, solve_increment, tangent_map
-from .rules import guard, replayed, surrogate_gradient, vjp
+from .arrays import *
+from .closures import *
+from .context import *
+from .control import *
+from .leaf import *
+from .linear import *
+from .rules import *
