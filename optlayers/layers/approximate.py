@@ -72,6 +72,8 @@ class _CentralPoint:
     mu: float
     steps: int = 40
 
+    in_numpy = True
+
     @property
     def input_ndims(self) -> tuple[int, ...]:
         return (2, 1, 2, 1, 1, 1, 1, 1, 1)

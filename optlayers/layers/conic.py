@@ -77,6 +77,8 @@ class ConicSolve:
     eps: float = 1e-9
     check: bool = False
 
+    in_numpy = True
+
     @property
     def input_ndims(self) -> tuple[int, ...]:
         return (*Problem.ndims, 1, 1, 1)

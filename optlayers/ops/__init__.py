@@ -24,6 +24,11 @@ class Leaf(Protocol):
     """
 
     @property
+    def in_numpy(self) -> bool:
+        """Whether on a CPU it takes NumPy arrays: faster where many operations are small, and rows long."""
+        ...
+
+    @property
     def input_ndims(self) -> tuple[int, ...]:
         """Number of axes of each input without its batch axis; the last inputs may be left out."""
         ...

@@ -1,6 +1,7 @@
-"""The part of the seam that cones, bounds and certificates use, for NumPy arrays on the host.
+"""The seam for NumPy arrays on the host.
 
-See `optlayers.ops.Ops` for what each function does. Nothing here is differentiated or mapped.
+See `optlayers.ops.Ops` for what each function does. Nothing here is differentiated or mapped, and so what
+serves only derivatives is left out.
 """
 
 from __future__ import annotations
@@ -8,18 +9,18 @@ from __future__ import annotations
 import numpy as np
 
 sqrt, exp, log, isfinite = np.sqrt, np.exp, np.log, np.isfinite
-where, maximum, minimum, eye = np.where, np.maximum, np.minimum, lambda n, like: np.eye(n)
+where, maximum, minimum, eye = np.where, np.maximum, np.minimum, lambda n, like: np.eye(n, dtype=like.dtype)
 sum, any, all, reshape, broadcast_to = np.sum, np.any, np.all, np.reshape, np.broadcast_to
 concat, stack = np.concatenate, np.stack
 inf, nan = np.inf, np.nan
 
 
 def constant(values, like):
-    return values
+    return values.astype(like.dtype) if values.dtype.kind == "f" else values
 
 
 def full(shape, value, like):
-    return np.full(tuple(shape), value)
+    return np.full(tuple(shape), value, like.dtype)
 
 
 def eps(x):
@@ -35,11 +36,43 @@ def to_int(x):
 
 
 def amax(x, axis, keepdims=False):
-    return np.max(x, axis=axis, keepdims=keepdims, initial=-np.inf if x.shape[axis] else 0.0)
+    return x.max(axis, keepdims=keepdims) if x.shape[axis] else x.sum(axis, keepdims=keepdims)
 
 
 def take(x, indices, axis=-1):
     return np.take(x, indices, axis=axis)
+
+
+def scatter_add(values, indices, size):
+    order = np.argsort(indices, kind="stable")
+    indices = indices[order]
+    starts = np.flatnonzero(np.diff(indices, prepend=-1))
+    total = np.zeros((*values.shape[:-1], size), values.dtype)
+    total[..., indices[starts]] = np.add.reduceat(values[..., order], starts, -1)
+    return total
+
+
+def diagonal(x):
+    return np.diagonal(x, axis1=-2, axis2=-1)
+
+
+def add_diagonal(x, values):
+    diagonals = np.einsum("...ii->...i", x)
+    diagonals += values
+    return x
+
+
+def cholesky(x):
+    try:
+        factor = np.linalg.cholesky(x)
+    except np.linalg.LinAlgError:  # one matrix, or more, is not positive definite
+        if len(x) == 1:
+            return np.full_like(x, np.nan)
+        return np.concatenate([cholesky(half) for half in np.array_split(x, 2)])
+    failed = np.isnan(diagonal(factor)).any(-1)
+    if failed.any():
+        factor[failed] = np.nan
+    return factor
 
 
 def eigh(x):
@@ -48,10 +81,85 @@ def eigh(x):
     return np.where(finite, values, np.nan), np.where(finite[..., None], vectors, np.nan)
 
 
+def while_loop(condition, body, state):
+    while condition(state):
+        state = body(state)
+    return state
+
+
 def repeat(count, body, state):
     for _ in range(count):
         state = body(state)
     return state
+
+
+def cond(condition, true, false, *operands):
+    return true(*operands) if condition else false(*operands)
+
+
+def cond_or_both(condition, both, false, operand):
+    return both(operand) if condition else false(operand)
+
+
+def on_rows(mask, function, data, ndims, state):
+    return on_chosen(np.flatnonzero(mask), len(mask), function, data, ndims, state, _put_rows)
+
+
+def _put_rows(x, rows, values):
+    x = x.copy()
+    x[rows] = values
+    return x
+
+
+def on_chosen(rows, batch, function, data, ndims, state, put_rows):
+    """`on_rows` for the numbers of the rows, in any framework that runs what it is told at once."""
+    if not len(rows):
+        return state
+    if 2 * len(rows) > batch:
+        return function(data, state)
+    # Arrays of one row are what the batch shares: another row comes along, to be left alone.
+    if len(rows) == 1:
+        rows = rows[[0, 0]]
+        rows[1] = (rows[1] + 1) % batch
+    is_batched = [x.ndim > own and len(x) == batch for x, own in zip(data, ndims, strict=True)]
+    part = [x[rows] if batched else x for x, batched in zip(data, is_batched, strict=True)]
+    result = function(part, tree_map(lambda x: x[rows] if len(x) == batch else x, state))
+    return tree_map(lambda old, new: put_rows(old, rows, new) if len(old) == batch else new, state, result)
+
+
+# Of the largest array: what the caches of a core can hold.
+BLOCK_BYTES = 2**21
+
+
+def in_blocks(function, arrays, ndims, size):
+    is_batched = [x.ndim > own for x, own in zip(arrays, ndims, strict=False)]
+    batch = max([len(x) for x, batched in zip(arrays, is_batched, strict=True) if batched], default=1)
+    has_matrices = np.any([batched and own > 1 for batched, own in zip(is_batched, ndims, strict=False)])
+    count = min(batch, -(-batch * size * arrays[0].itemsize // BLOCK_BYTES))
+    if count < 2 or not has_matrices:
+        return function(*arrays)
+    parts = [
+        np.array_split(x, count) if len(x) == batch and batched else [x] * count
+        for x, batched in zip(arrays, is_batched, strict=True)
+    ]
+    results = [function(*part) for part in zip(*parts, strict=True)]
+    return [np.concatenate(outputs) for outputs in zip(*results, strict=True)]
+
+
+def on_host(function, *arrays):
+    function(*arrays)
+
+
+def call_host(function, shapes, active, *arrays):
+    return [np.asarray(x, arrays[0].dtype) for x in function(active, *arrays)]
+
+
+def tree_map(function, tree, *others):
+    """`function` of the arrays in equal trees of tuples."""
+    if not isinstance(tree, tuple):
+        return function(tree, *others)
+    parts = [tree_map(function, *parts) for parts in zip(tree, *others, strict=True)]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
 
 
 def stop_gradient(x):

@@ -120,6 +120,8 @@ class Mixing:
     max_iter: int = 1000
     check: bool = False
 
+    in_numpy = False
+
     @property
     def input_ndims(self) -> tuple[int, ...]:
         return (2, 2, 1)
@@ -167,6 +169,8 @@ class MixingAdjoint:
     """
 
     settings: Mixing
+
+    in_numpy = False
 
     @property
     def input_ndims(self) -> tuple[int, ...]:

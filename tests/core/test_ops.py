@@ -1,5 +1,6 @@
 """Every function of the seam, in both frameworks: values against NumPy, derivatives, batches, compilation."""
 
+import importlib
 import inspect
 import itertools
 from collections.abc import Callable
@@ -37,6 +38,12 @@ def framework(ops):
     return SimpleNamespace(
         array=lambda x: jax.numpy.asarray(np.array(x)), compile=jax.jit, fast=jax.jit, **names
     )
+
+
+@pytest.fixture
+def host():
+    pytest.importorskip("torch")
+    return importlib.import_module("optlayers.ops.torch.host")
 
 
 @pytest.fixture
@@ -769,6 +776,8 @@ class Halving:
     limit: float = 1.0
     tag: Tag | None = None
 
+    in_numpy = True
+
     @property
     def input_ndims(self):
         return 2, 1
@@ -832,6 +841,8 @@ def test_leaves_with_other_settings_are_others(ops, framework, rng):
 @dataclass(frozen=True)
 class Echo:
     """A leaf that returns its input (B, n), twice."""
+
+    in_numpy = True
 
     @property
     def input_ndims(self):
@@ -992,23 +1003,58 @@ def test_on_rows(ops, framework, masked):
 
 
 @pytest.mark.parametrize("block_bytes", [1, 64, 200, 10**6])
-def test_in_blocks(ops, framework, rng, monkeypatch, block_bytes):
-    """The same as all at once, and nothing larger than asked for where torch can do with less."""
-    is_torch = ops.__name__.endswith("torch")
-    if is_torch:
-        monkeypatch.setattr("optlayers.ops.torch.control.BLOCK_BYTES", block_bytes)
+def test_in_blocks(ops, framework, host, rng, monkeypatch, block_bytes):
+    """The same as all at once, and on the host nothing larger than asked for, where less will do."""
+    monkeypatch.setattr("optlayers.ops.numpy.BLOCK_BYTES", block_bytes)
     M, x, shared = rng.normal(size=(7, 2, 2)), rng.normal(size=(7, 2)), rng.normal(size=2)
-    sizes = []
+    for seam, array in ((ops, framework.array), (host, np.array)):
+        sizes = []
 
-    def work(M, x, shared):
-        sizes.append(len(M))
-        return [x + shared[None], (M @ x[..., None])[..., 0]]
+        def work(M, x, shared, sizes=sizes):
+            sizes.append(len(M))
+            return [x + shared[None], (M @ x[..., None])[..., 0]]
 
-    arrays = [framework.array(z) for z in (M, x, shared)]
-    assert_all_close(ops.in_blocks(work, arrays, (2, 1, 1), 4), [x + shared, (M @ x[..., None])[..., 0]])
-    assert sum(sizes) == 7
-    if is_torch:
-        assert max(sizes) <= max(block_bytes // 32, 1)
+        blocks = seam.in_blocks(work, [array(z) for z in (M, x, shared)], (2, 1, 1), 4)
+        assert_all_close(blocks, [x + shared, (M @ x[..., None])[..., 0]])
+        assert sum(sizes) == 7
+        assert seam is ops or max(sizes) <= max(block_bytes // 32, 1)
+
+
+# The seam for leaves on the host
+
+
+# What no leaf on NumPy arrays calls.
+OFF_HOST = {"real", "imag", "complex_number", "lu_solve", "argsort"}  # layers outside of their leaves
+OFF_HOST |= {"sin", "cos", "arctan2", "norm", "multiply_add", "moveaxis", "put"}  # SATLayer, on tensors
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in OFF_HOST])
+def test_values_on_the_host(host, rng, name):
+    for (call, expected, draws), dtype in itertools.product(CASES[name], (np.float64, np.float32)):
+        arguments = [draw(rng) for draw in draws]
+        assert_close(call(host, *(x.astype(dtype) for x in arguments)), expected(*arguments), dtype)
+
+
+@pytest.mark.parametrize("kind", ["cholesky", "eigh"])
+def test_factors_on_the_host_fail_by_lane(host, kind):
+    x = np.eye(3) + np.zeros((5, 1, 1))
+    x[1], x[4, 2, 2] = -x[1], np.nan
+    result = getattr(host, kind)(x)
+    lanes = np.isnan(result if kind == "cholesky" else result[1]).all((1, 2))
+    np.testing.assert_array_equal(lanes, [False, kind == "cholesky", False, False, True])
+
+
+def test_on_rows_on_the_host(host):
+    state = np.zeros((4, 2)), (np.arange(4),)
+    mask = np.array([False, False, True, False])
+
+    def add(data, state):
+        (total, (index,)), (ones,) = state, data
+        return total + ones * (index == 2)[:, None], (index,)
+
+    total, (index,) = host.on_rows(mask, add, [np.ones((4, 2))], (1,), state)
+    np.testing.assert_array_equal(total, [[0, 0], [0, 0], [1, 1], [0, 0]])
+    np.testing.assert_array_equal(index, np.arange(4))
 
 
 # Increments

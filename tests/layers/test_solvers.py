@@ -59,6 +59,16 @@ def test_solvers_give_the_same(torch_frontend, reference, solver):
             assert_close(actual, other, 1e-7)
 
 
+@pytest.mark.parametrize("solver", [None, "ADMM"])
+def test_leaves_give_the_same_as_on_a_gpu(monkeypatch, torch_frontend, reference, solver):
+    """There tensors stay tensors; on a CPU leaves work on NumPy arrays."""
+    _, family, values, cotangents, expected = reference
+    monkeypatch.setattr("optlayers.ops.torch.host.serves", lambda solve, inputs: False)
+    results = evaluated(torch_frontend, family, values, cotangents, solver=solver)
+    for actual, other in zip(results, expected, strict=True):
+        assert_close(actual, other, 1e-7)
+
+
 @pytest.mark.parametrize("solver", NAMES)
 def test_names(torch_frontend, solver):
     family, rng = qp(), np.random.default_rng(0)
