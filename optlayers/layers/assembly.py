@@ -17,12 +17,14 @@ class _Terms(NamedTuple):
     """Part of an affine map: entry `positions[k]` of the flat matrix gets `coefs[k] * theta[cols[k]]`.
 
     Without positions there is one term for each entry in turn, which is much faster than scattering them.
-    Here theta is a few of its blocks; without cols all of it, in turn. Equal coefficients are one number.
+    Here theta is made of `pieces` (block, start, stop) one after the other; without cols all of it is read:
+    in turn, or as a matrix of so many `columns` column by column. Equal coefficients are one number.
     """
 
-    blocks: slice
+    pieces: tuple[tuple[int, int, int], ...]
     positions: np.ndarray | None
     cols: np.ndarray | None
+    columns: int | None
     coefs: np.ndarray | float
 
 
@@ -48,23 +50,47 @@ def _terms(positions: np.ndarray, cols: np.ndarray, coefs: np.ndarray, size: int
     layer = np.arange(len(cols)) - np.searchsorted(positions, positions)
     count = 1 + layer.max()
     if count * size > 2 * len(cols):
-        return (_within_blocks(positions, cols, coefs, edges),)
+        return (_from_pieces(positions, cols, coefs, edges),)
     layers_of_cols, layers_of_coefs = np.full((count, size), cols[0]), np.zeros((count, size))
+    # A term that is alone is split over the layers, so that all of (Q + Q') / 2 is halved.
+    alone = np.bincount(positions, minlength=size)[positions] == 1
+    layers_of_cols[:, positions[alone]], layers_of_coefs[:, positions[alone]] = (
+        cols[alone],
+        coefs[alone] / count,
+    )
+    layer, positions, cols, coefs = (x[~alone] for x in (layer, positions, cols, coefs))
     layers_of_cols[layer, positions], layers_of_coefs[layer, positions] = cols, coefs
     return tuple(
-        _within_blocks(None, *pair, edges) for pair in zip(layers_of_cols, layers_of_coefs, strict=True)
+        _from_pieces(None, *pair, edges) for pair in zip(layers_of_cols, layers_of_coefs, strict=True)
     )
 
 
-def _within_blocks(
+MOST_PIECES = 8  # more are read entry by entry
+
+
+def _from_pieces(
     positions: np.ndarray | None, cols: np.ndarray, coefs: np.ndarray, edges: np.ndarray
 ) -> _Terms:
+    equal = float(coefs[0]) if (coefs == coefs[0]).all() else coefs
+    ends = np.append(np.flatnonzero((np.diff(cols) != 1) | np.isin(cols[1:], edges)) + 1, len(cols))
+    if len(ends) <= MOST_PIECES:
+        starts = np.append(0, ends[:-1])
+        return _Terms(_pieces(cols[starts], cols[ends - 1] + 1, edges), positions, None, None, equal)
     first, last = np.searchsorted(edges, [cols.min(), cols.max()], "right")
-    start, stop = edges[first - 1], edges[last]
-    is_all = np.array_equal(cols, np.arange(start, stop))
-    is_equal = bool((coefs == coefs[0]).all())
-    span, number = slice(int(first) - 1, int(last)), float(coefs[0])
-    return _Terms(span, positions, None if is_all else cols - start, number if is_equal else coefs)
+    start, whole = edges[first - 1], _pieces(edges[first - 1 : last], edges[first : last + 1], edges)
+    size, columns = edges[last] - start, cols[1] - cols[0]
+    if columns > 1 and size % columns == 0:
+        by_columns = np.arange(start, edges[last]).reshape(-1, columns).T.ravel()
+        if np.array_equal(cols, by_columns):
+            return _Terms(whole, positions, None, int(columns), equal)
+    return _Terms(whole, positions, cols - start, None, equal)
+
+
+def _pieces(starts: np.ndarray, stops: np.ndarray, edges: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+    """(block, start, stop) within their block, for ranges of theta that each lie in one."""
+    blocks = np.searchsorted(edges, starts, "right") - 1
+    ranges = zip(blocks, starts - edges[blocks], stops - edges[blocks], strict=True)
+    return tuple((int(block), int(start), int(stop)) for block, start, stop in ranges)
 
 
 def _split(
@@ -128,11 +154,16 @@ def assemble(
 
 def _contribution(ops: Ops, terms: _Terms, theta: Sequence[Array], size: int) -> Array:
     """The sum (..., size) of the terms for each entry of a matrix."""
-    span, positions, cols, coefs = terms
-    blocks = theta[span]
+    pieces, positions, cols, columns, coefs = terms
+    blocks = [theta[block][..., start:stop] for block, start, stop in pieces]
     picked = blocks[0] if len(blocks) == 1 else ops.concat(blocks, -1)
     if cols is not None:
         picked = ops.take(picked, ops.constant(cols, picked))
+    if columns is not None:
+        lead = picked.shape[:-1]
+        picked = ops.reshape(
+            ops.reshape(picked, (*lead, picked.shape[-1] // columns, columns)).mT, picked.shape
+        )
     if isinstance(coefs, np.ndarray):
         picked = picked * _row(ops.constant(coefs, picked), picked)
     elif coefs != 1:
