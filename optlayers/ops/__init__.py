@@ -177,7 +177,7 @@ class Ops(Protocol):
     def in_blocks(
         self, function: Callable, arrays: Sequence[Array], ndims: Sequence[int], size: int
     ) -> list[Array]:
-        """`function(*arrays)` for a batch, on a CPU in blocks of rows that its caches can hold.
+        """`function(*arrays)` for a batch, on a CPU in blocks of rows that its caches can hold, side by side.
 
         Arrays with more axes than `ndims` have a row for each problem; `size` numbers are the largest array
         of a problem. Batches that share their matrices are not cut, as the work on these would be repeated.
