@@ -76,6 +76,14 @@ def is_constant(x):
     return not (x.requires_grad or is_dual())
 
 
+def has_tape():
+    return torch.is_grad_enabled() and not is_dual()
+
+
+def holds(condition):
+    return is_known(condition) and bool(condition)
+
+
 def any_mapped(mask):
     return outside(lambda x: bool(torch.any(x)), mask)
 
