@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from ..ops import Array, MatrixFreeOps
-from ..solvers.initial_value import Entry, Grid, Log, Outcome, RungeKutta, System
+from ..solvers.initial_value import Entry, Grid, Outcome, RungeKutta, System
 from ..solvers.runge_kutta import flow, interpolate
 
 
@@ -29,7 +29,7 @@ class Solved(NamedTuple):
     inputs: list[Array]
     results: Array
     end: Array
-    log: Log | None
+    log: Any  # a Log, or None where nothing is logged
     outcome: Outcome
 
 

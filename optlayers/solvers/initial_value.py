@@ -236,7 +236,8 @@ class _Loop:
         return self.system.field(t, y, self.theta)
 
     def event(self, t: Array, y: Array) -> Array:
-        return self.ops.stop_gradient(self.system.event(t, y, self.theta))
+        event = self.system.event
+        return 0 * t if event is None else self.ops.stop_gradient(event(t, y, self.theta))
 
     def __call__(self, y: Array, totals: tuple[Array, ...]):
         ops, method, grid = self.ops, self.method, self.grid
@@ -266,7 +267,7 @@ class _Loop:
             states = ops.rows(fixed_y, -(-method.max_steps // method.every) + 1)
             log = Log(states, ops.rows(entries, method.max_steps), zero)
         first_jump = ops.to_int(ops.sum(ops.where(grid.jumps < t[:, None], 1, 0), 1))
-        g = 0 * t if self.system.event is None else self.event(t, fixed_y)
+        g = self.event(t, fixed_y)
         h, inf = self._first_step(t, fixed_y, fixed_f), 0 * t + ops.inf
         results = grid.blank(ops, y)
         return _State(0, t, y, f, h, 0 * t + 1, zero, first_jump, g, inf, outcome, log, results, totals)

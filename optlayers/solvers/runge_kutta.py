@@ -9,13 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..implicit import attach
+from ..implicit import attach, dense_inverse
 from ..ops import Array, MatrixFreeOps
 from ..status import Status
 from .fixed_point import NewtonKrylov, Problem, run
 from .tableaux import Tableau
 
 Field = Callable[[Array, Array], Array]
+DENSE = 32
+
+
+@dataclass(frozen=True)
+class Newton:
+    """Newton's method with matrices: the problem's tangent is the derivative of its map (B, k, k)."""
+
+    def init(self, ops, z, g):
+        return ()
+
+    def step(self, ops, problem, k, z, g, state, running):
+        factor = ops.lu_factor(ops.eye(z.shape[1], z)[None] - problem.tangent(z))
+        return z + ops.lu_solve(factor, g[..., None])[..., 0], state
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,7 @@ class Stages:
         tableau: the method.
         tol: of implicit stages, relative.
         order: derivatives that implicit stages have.
-        newton: solver of implicit stages.
+        newton: solver of implicit stages of more than `DENSE` numbers; others are solved with matrices.
         max_iter: its steps; a stage that needs more is NaN, which rejects the step.
     """
 
@@ -39,7 +52,7 @@ class Stages:
     def __call__(
         self, ops: MatrixFreeOps, field: Field, t: Array, h: Array, y: Array, first: Array, end: Array
     ) -> tuple[list[Array], Array, Array | int]:
-        """The increments, without the last one if the method is explicit; the result; and evaluations of field.
+        """The increments, without the last one if the method is explicit; the result; evaluations of field.
 
         Args:
             first: the slope at t.
@@ -81,13 +94,19 @@ class Stages:
     def _solve(self, ops, field, base, scale, guess):
         """z = base + scale field(z), differentiable up to `order`."""
         value = lambda z: base + scale * field(z)
-        problem = Problem(ops.frozen(value, guess), lambda z: ops.tangent_map(value, z))
-        solution = run(ops, self.newton, problem, ops.stop_gradient(guess), self.tol, self.max_iter)
+        is_dense = base.shape[1] <= DENSE
+        tangent = ops.jacobian if is_dense else ops.tangent_map
+        problem = Problem(ops.frozen(value, guess), lambda z: tangent(value, z))
+        solver = Newton() if is_dense else self.newton
+        solution = run(ops, solver, problem, ops.stop_gradient(guess), self.tol, self.max_iter)
         solved = (solution.status == Status.SOLVED.code)[:, None]
         z = ops.where(solved, solution.z, ops.nan)
         if self.order > 0:
             F = lambda z: z - value(z)
-            inverse = lambda r: ops.solve_increment(F, z, self._solve_linear(ops), r)
+            if is_dense:
+                inverse = dense_inverse(ops, F, z)
+            else:
+                inverse = lambda r: ops.solve_increment(F, z, self._solve_linear(ops), r)
             z = attach(ops, F, inverse, z, self.order)
         return z, solution.iterations + 1
 
