@@ -25,10 +25,10 @@ TITLE = f"""# Differential equations
 
 A field of three layers of width {WIDTH} drives a batch of {BATCH} states, seen at {TIMES} times; forward
 and backward in single precision, one thread. Times are the least processor time of several runs, and
-evaluations of the field those forward and backward. Memory is what a run holds at most besides its inputs: in
-torch by the profiler's account of allocations, in JAX the temporary memory of the compiled function. Errors are
-those of the solution, and of the gradient of its mean square in all weights relative to their largest entry,
-against double precision at 1e-10.
+evaluations of the field those forward and backward. Memory is what a run holds at most besides its inputs:
+in torch by the profiler's account of allocations, in JAX the temporary memory of the compiled function.
+Errors are those of the solution, and of the gradient of its mean square in all weights relative to their
+largest entry, against double precision at 1e-10.
 """
 HEADER = ("solver", "ms", "MiB", "evaluations", "solution", "gradient")
 

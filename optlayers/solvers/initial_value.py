@@ -315,7 +315,7 @@ class _Loop:
         leaps = advances & (t_new >= next_jump)
         entry = Entry(t, h, row, ops.where(accepted, hits, 0), ops.where(leaps, jump, -1))
         log = self._write(state, entry, accepted)
-        results = self._emit(state.results, entry, y, K, times)
+        results = self._emit(state.results, entry, y, K, y_new, times)
         y_new, f_new, results = self._leap(entry, t_new, y_new, f_new, results)
         jump = jump + ops.to_int(leaps)
         totals = state.totals
@@ -393,11 +393,13 @@ class _Loop:
         entries = ops.put_rows(entries, log.length[:, None], columns)
         return Log(states, entries, log.length + ops.to_int(accepted))
 
-    def _emit(self, results, entry, y, K, times):
+    def _emit(self, results, entry, y, K, y_new, times):
         ops, method = self.ops, self.method
 
         def emit(results):
-            values = interpolate(ops, method.tableau, entry.t, entry.h, y, K, times)
+            values = y_new[:, None]
+            if not method.lands:
+                values = interpolate(ops, method.tableau, entry.t, entry.h, y, K, times)
             return ops.put_rows(results, method.output_rows(ops, self.grid, entry), values)
 
         return ops.cond(ops.any_mapped(entry.hits > 0), emit, lambda results: results, results)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .context import is_dual, is_known, outside, undifferentiated
+from .context import is_dual, is_known, is_transformed, outside, undifferentiated
 
 
 def while_loop(condition, body, state):
@@ -85,6 +85,8 @@ def holds(condition):
 
 
 def any_mapped(mask):
+    if not is_transformed():
+        return bool(torch.any(mask))
     return outside(lambda x: bool(torch.any(x)), mask)
 
 
