@@ -326,7 +326,6 @@ class _Loop:
         happened = advances & (t_new >= target)
         done = advances & (t_new >= end) & (_following(ops, grid.jumps, jump) > end) | happened
         h_next = method.next_step(ops, h, h_full, meets, error, error_before, accepted)
-        h_next = ops.where(is_exact & ~advances, h_full, h_next)
         failed, reason = self._failure(running & ~is_exact, error, h_next, t, end)
         status = ops.where(done, Status.SOLVED.code, ops.where(failed, reason, outcome.status))
         outcome = Outcome(
@@ -337,8 +336,11 @@ class _Loop:
             t,
             outcome.happened | happened,
         )
-        t, y, f, g = select(ops, advances, (t_new, y_new, f_new, g_new), (t, y, f, g))
-        error_before = ops.where(advances, ops.maximum(error, 1e-4), error_before)
+        moved = t_new, y_new, f_new, g_new, h_next, ops.maximum(error, 1e-4)
+        if not ops.holds(ops.all(advances)):
+            h_next = ops.where(is_exact, h_full, h_next)
+            moved = select(ops, advances, moved, (t, y, f, g, h_next, error_before))
+        t, y, f, g, h_next, error_before = moved
         row = row + ops.minimum(entry.hits, times.shape[1])
         return _State(
             state.k + 1, t, y, f, h_next, error_before, row, jump, g, target, outcome, log, results, totals
