@@ -241,8 +241,8 @@ def odeint_doc():
             None is 1e-7 and 1e-9 in double precision, and 1e-5 and 1e-7 in single.
         method: "dopri5", "tsit5", "bosh3", "dopri8"; "kvaerno5", implicit, for stiff equations; of fixed step
             "euler", "midpoint", "heun", "rk4"; or a Tableau.
-        adjoint: Discrete(), the derivatives of the computed solution, which can keep fewer states, or in torch
-            all stages; or Continuous().
+        adjoint: Discrete(), the derivatives of the computed solution, which can keep fewer states or, in
+            torch, all stages; or Continuous().
         jumps: (times, fn) or (times, fn, mask): at times (J,) or (B, J) the state is replaced by that which
             fn gives; at times that are NaN or masked nothing happens. An output at the time of a jump is the
             state before it.
