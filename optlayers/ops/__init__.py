@@ -316,13 +316,24 @@ class MatrixFreeOps(Ops, Protocol):
         """`x`, made by `rows`, with room for row k of each sample."""
         ...
 
-    def weighted_sum(self, weights: Sequence[float], arrays: Sequence[Array]) -> Array: ...
+    def weighted_sum(self, weights: Sequence[float], arrays: Sequence[Array], start: Any = None) -> Array:
+        """The sum of weights times arrays, added to `start` if there is one."""
+        ...
+
     def largest(self, x: Array) -> Any:
         """The largest of the integers x, under a vectorising map in any of its calls: for `repeat`."""
         ...
 
     def is_constant(self, x: Array) -> bool:
         """Whether it is known that no derivative in x will be asked for."""
+        ...
+
+    def has_tape(self) -> bool:
+        """Whether what is computed now is recorded for derivatives in reverse mode, and for no others."""
+        ...
+
+    def holds(self, condition: Array) -> bool:
+        """Whether `condition`, a scalar, is known to hold, and not only traced or mapped."""
         ...
 
     def bounded_repeat(self, count: Any, limit: int, body: Callable, state: Any) -> Any:

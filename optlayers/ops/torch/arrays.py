@@ -121,12 +121,11 @@ def scatter_add(values, indices, size):
     return torch.index_add(zeros, -1, indices, values)
 
 
-def weighted_sum(weights, arrays):
-    terms = [(w, x) for w, x in zip(weights, arrays, strict=True) if w != 0]
-    total = terms[0][0] * terms[0][1]
-    for w, x in terms[1:]:
-        total = torch.add(total, x, alpha=w)
-    return total
+def weighted_sum(weights, arrays, start=None):
+    for w, x in zip(weights, arrays, strict=True):
+        if w != 0:
+            start = w * x if start is None else torch.add(start, x, alpha=w)
+    return start
 
 
 def diagonal(x):
