@@ -15,7 +15,8 @@ sum of it differentiated in all parameters.
 A library that is not installed, fails, or takes 90 seconds for its set-up and first call has that in place
 of numbers. Moreau is called by its native interface: through cvxpylayers 1.2 and cvxpy 1.9.3 it drops
 constraints. It solves W3 by its interior point, since the active-set method that it would choose takes 50
-times as long there. The gradient of cvxpylayers on W5 is right with SCS at a tolerance of 1e-9, and wrong with Clarabel.
+times as long there. The gradient of cvxpylayers on W5 is right with SCS at a tolerance of 1e-9, and wrong
+with Clarabel.
 """
 
 import argparse
