@@ -1,7 +1,8 @@
 """The seam between the algorithms and the frameworks.
 
 `optlayers.ops.torch` and `optlayers.ops.jax` define the same functions; a solver takes one of the two
-modules as its first argument `ops` and is written once. Arithmetic, comparison, `abs`, `@`, `.mT`,
+modules as its first argument `ops` and is written once. `optlayers.ops.numpy` has the part of them that
+solvers of cone programs need, which torch hands over to it on a CPU. Arithmetic, comparison, `abs`, `@`, `.mT`,
 `.shape`, `.dtype` and basic slicing are used directly; `Ops` lists all that the frameworks name differently.
 """
 
