@@ -2,8 +2,9 @@
 
 `optlayers.ops.torch` and `optlayers.ops.jax` define the same functions; a solver takes one of the two
 modules as its first argument `ops` and is written once. `optlayers.ops.numpy` has the part of them that
-solvers of cone programs need, which torch hands over to it on a CPU. Arithmetic, comparison, `abs`, `@`, `.mT`,
-`.shape`, `.dtype` and basic slicing are used directly; `Ops` lists all that the frameworks name differently.
+solvers of cone programs need, which torch hands over to it on a CPU. Arithmetic, comparison, `abs`, `@`,
+`.mT`, `.shape`, `.dtype` and basic slicing are used directly; `Ops` lists all that the frameworks name
+differently.
 """
 
 from __future__ import annotations
