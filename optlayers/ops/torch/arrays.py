@@ -109,6 +109,8 @@ def put(x, index, value):
 
 
 def take(x, indices, axis=-1):
+    if axis == -1 and x.ndim > 1:  # on the last axis index_select takes two to four times as long
+        return torch.gather(x, -1, indices.expand(*x.shape[:-1], len(indices)))
     return torch.index_select(x, axis, indices)
 
 
