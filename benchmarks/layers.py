@@ -261,7 +261,7 @@ def compare(workload, batch, names, repeats):
 
 def brief(rows):
     """The largest batch of each workload: times, and in brackets errors of the gradients."""
-    names = list(dict.fromkeys(row[2] for row in rows[1:]))
+    names = [name for name in LAYERS if name in {row[2] for row in rows[1:]}]
     largest = {workload: batch for workload, batch, *_ in rows[1:]}
     cells = {tuple(row[:3]): "-" if row[5] == "-" else f"{float(row[5]):,.0f} ({row[7]})" for row in rows[1:]}
     yield ["workload, batch", *names]
