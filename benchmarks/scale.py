@@ -4,15 +4,14 @@
 
 Two sweeps of `CvxpyLayer`, forward and backward, in double precision on one thread: projections on a simplex
 in ten variables for batches up to 65,536, and single dense programs whose data all have gradients, of up to
-1,000 variables. Each point is a process of its own. Memory is what the process took at most, less what it had
-after a call for a smaller problem. `--largest 0.1` leaves out points beyond a tenth of the largest ones.
+1,000 variables. Each point is a process of its own. Memory is what the first call of this size takes at most
+besides what the process held before it. `--largest 0.1` leaves out points beyond a tenth of the largest ones.
 """
 
 import argparse
 import datetime
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -32,9 +31,13 @@ BATCHES = [4**k for k in range(9)]
 SIZES = (10, 30, 100, 300, 1000)
 
 
-def memory():
-    """Most memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory_of(call):
+    """MB that a call takes at most besides what the process holds before, on Linux."""
+    held = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) / 1024
+    Path("/proc/self/clear_refs").write_text("5")  # the peak, VmHWM, starts anew
+    before = held("VmRSS:")
+    call()
+    return held("VmHWM:") - before
 
 
 def measure(framework, sweep, value):
@@ -51,18 +54,13 @@ def measure(framework, sweep, value):
 
     workload(2)[1]()
     values, both = workload(value)
-    before = memory()
-    both()
+    peak = memory_of(both)
     times, start = [], time.perf_counter()
     while len(times) < 3 or (len(times) < 20 and time.perf_counter() - start < 2):
         begin = time.perf_counter()
         both()
         times.append(1e3 * (time.perf_counter() - begin))
-    print(
-        json.dumps(
-            {"ms": min(times), "MB": memory() - before, "inputs": sum(v.nbytes for v in values) / 2**20}
-        )
-    )
+    print(json.dumps({"ms": min(times), "MB": peak, "inputs": sum(v.nbytes for v in values) / 2**20}))
 
 
 def draw(points, path):

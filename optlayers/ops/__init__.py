@@ -181,8 +181,8 @@ class Ops(Protocol):
     ) -> list[Array]:
         """`function(*arrays)` for a batch, on a CPU in blocks of rows that its caches can hold, side by side.
 
-        Arrays with more axes than `ndims` have a row for each problem; `size` numbers are the largest array
-        of a problem. Batches that share their matrices are not cut, as the work on these would be repeated.
+        Arrays with more axes than `ndims` have a row for each problem; its largest array is a matrix of
+        `size` numbers. Where matrices are shared, blocks are long, since each repeats the work on these.
         """
         ...
 

@@ -6,6 +6,8 @@ serves only derivatives is left out.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 sqrt, exp, log, isfinite = np.sqrt, np.exp, np.log, np.isfinite
@@ -135,10 +137,12 @@ def in_blocks(function, arrays, ndims, size, run=map, threads=1):
     is_batched = [x.ndim > own for x, own in zip(arrays, ndims, strict=False)]
     batch = max([len(x) for x, batched in zip(arrays, is_batched, strict=True) if batched], default=1)
     has_matrices = np.any([batched and own > 1 for batched, own in zip(is_batched, ndims, strict=False)])
-    count = min(batch, -(-batch * size * arrays[0].itemsize // BLOCK_BYTES))
-    if count < 2 or not has_matrices:
+    rows = max(BLOCK_BYTES // (size * arrays[0].itemsize), 1)
+    if not has_matrices:  # every block repeats the work on those that it shares
+        rows = max(rows, 4 * math.isqrt(size))
+    if batch <= rows:
         return function(*arrays)
-    count = min(batch, -(-count // threads) * threads)
+    count = min(batch, -(-batch // (rows * threads)) * threads)
     parts = [
         np.array_split(x, count) if len(x) == batch and batched else [x] * count
         for x, batched in zip(arrays, is_batched, strict=True)
