@@ -52,7 +52,7 @@ SIZES = {
     "small": Size(),
     "large": Size(channels=(64, 128, 256), digit_steps=5000, canvas_steps=30000, batch=128, canvases=2000),
 }
-QUICK = Size(channels=(16, 32), digit_steps=300, canvas_steps=60, canvases=20)
+QUICK = Size(channels=(12, 24), digit_steps=300, canvas_steps=12, canvases=20)
 
 # %% [markdown]
 # ## The tasks
