@@ -179,7 +179,7 @@ class Network(nn.Module):
         self.deq = DEQ(
             Cell(channels, side // stride, convolution if unroll else nonexpansive),
             start=lambda inputs: tuple(torch.zeros_like(x.chunk(2, 1)[0]) for x in inputs),
-            adjoint=Phantom(steps=3),
+            adjoint=Phantom(steps=5),
             tol=2e-2,
             max_iter=20,
             on_failure="mask",
@@ -219,7 +219,7 @@ def fit(model, draw, steps, batch, seed, device, name):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.2)
     for step in tqdm(range(steps), desc=name, leave=False):
         data = Batch(*(x.to(device) for x in draw(rng, batch)))
-        present, label, _ = model(data.image, unroll=5 if step < 0.6 * steps else None)
+        present, label, _ = model(data.image, unroll=5 if step < 0.8 * steps else None)
         loss = cross_entropy(label, data.label, weight)
         loss = loss + binary_cross_entropy_with_logits(present, data.present)
         optimizer.zero_grad()
