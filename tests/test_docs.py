@@ -1,15 +1,17 @@
 """The documentation is built strictly, which runs the code of its pages; its links lead somewhere."""
 
+import ast
 import contextlib
 import functools
 import html
-import importlib
+import importlib.metadata
 import json
 import re
 import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -55,7 +57,7 @@ def broken(pages):
 
 def test_site(tmp_path):
     packages = "sphinx furo myst_parser sphinx_copybutton sphinx_design sphinx-mathjax-offline"
-    for package in [*packages.split(), "torch", "jax", "matplotlib"]:
+    for package in [*packages.split(), "torch", "jax", "matplotlib", "optax"]:
         pytest.importorskip(package)
     options = ("-q", "-W", "--keep-going", "-D", "run_gallery=0")
     command = [sys.executable, "-m", "sphinx", *options, str(ROOT / "docs"), str(tmp_path)]
@@ -122,6 +124,25 @@ def test_code_is_run_unless_marked(page):
     fences = re.findall(r"^[ \t]*```[ \t]*([^\n]*)$", page.read_text(encoding="utf-8"), re.M)
     opened = fences[::2]
     assert all(language in LANGUAGES or language.startswith("{") for language in opened), opened
+
+
+def test_what_is_imported_can_be_installed():
+    """What pages, examples and tests import, a dependency or an extra names: it does not just come along."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
+    declared = {re.match(r"[\w-]+", requirement)[0] for requirement in wanted}
+    declared |= {project["name"], "docutils"}  # extensions of Sphinx are written in docutils
+    files = [path for folder in ("examples", "docs", "tests") for path in (ROOT / folder).rglob("*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in files]
+    for page in PAGES:
+        sources += re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    distributions = importlib.metadata.packages_distributions()
+    for name in {name.split(".")[0] for name in names}:
+        owners = {owner.lower().replace("_", "-") for owner in distributions.get(name, ())}
+        assert not owners or declared & owners, name
 
 
 @pytest.mark.filterwarnings("ignore")  # those of the other libraries
