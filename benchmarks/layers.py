@@ -14,8 +14,9 @@ sum of it differentiated in all parameters.
 
 A library that is not installed, fails, or takes 90 seconds for its set-up and first call has that in place
 of numbers. Moreau is called by its native interface: through cvxpylayers 1.2 and cvxpy 1.9.3 it drops
-constraints. On W3 it takes far longer than on programs of like size, for a reason that we have not found.
-The gradient of cvxpylayers on W5 is right with SCS at a tolerance of 1e-9, and wrong with Clarabel.
+constraints. It solves W3 by its interior point, since the active-set method that it would choose takes 50
+times as long there. The gradient of cvxpylayers on W5 is right with SCS at a tolerance of 1e-9, and wrong
+with Clarabel.
 """
 
 import argparse
@@ -120,12 +121,14 @@ def moreau(problem, parameters, variable, values, weights):
     made, cones = program.program, program.program.cones
     n, m, batch = made.n, made.m, len(values[0])
     # Cones in Moreau's order: those of the programs here are the same.
-    settings = moreau.Settings(device="cpu", batch_size=batch, enable_grad=True)
+    # What it would choose for W3, its active-set method, takes 50 times as long there.
+    solver = "ipm" if n > 200 else "auto"
+    settings = moreau.Settings(solver=solver, device="cpu", batch_size=batch, enable_grad=True)
     names = {"num_zero_cones": cones.zero, "num_nonneg_cones": cones.nonneg, "num_exp_cones": cones.exp}
     if cones.soc:
         names["so_cone_dims"] = list(cones.soc)
     if cones.psd:
-        names["psd_cone_dims"] = list(cones.psd)
+        names["psd_dims"] = list(cones.psd)
     P_where, A_where = made.P.positions, made.A.positions
     rows = lambda where, height: torch.tensor(
         np.concatenate([[0], np.bincount(where // n, minlength=height).cumsum()])
@@ -140,7 +143,9 @@ def moreau(problem, parameters, variable, values, weights):
         P, q, A, b = assemble(ops, made, splits(made, (True,) * len(values)), flat, values[0])
         entries = lambda M, where: M.reshape(*M.shape[:-2], -1)[..., torch.tensor(where)]
         q, b = (z.expand(batch, z.shape[-1]) for z in (q, b))
-        x = solver.solve(entries(P, P_where), entries(A, A_where), q, b).x
+        P, A = entries(P, P_where), entries(A, A_where)
+        P = P.expand(batch, -1) if A.ndim > P.ndim else P
+        x = solver.solve(P, A, q, b).x
         solution = ConicSolution(x, *[None] * 6)
         return read(ops, made.outputs[0], solution)
 
@@ -256,7 +261,7 @@ def compare(workload, batch, names, repeats):
 
 def brief(rows):
     """The largest batch of each workload: times, and in brackets errors of the gradients."""
-    names = list(dict.fromkeys(row[2] for row in rows[1:]))
+    names = [name for name in LAYERS if name in {row[2] for row in rows[1:]}]
     largest = {workload: batch for workload, batch, *_ in rows[1:]}
     cells = {tuple(row[:3]): "-" if row[5] == "-" else f"{float(row[5]):,.0f} ({row[7]})" for row in rows[1:]}
     yield ["workload, batch", *names]

@@ -25,10 +25,12 @@ TITLE = f"""# Differential equations
 
 A field of three layers of width {WIDTH} drives a batch of {BATCH} states, seen at {TIMES} times; forward
 and backward in single precision, one thread. Times are the least processor time of several runs, and
-evaluations of the field those forward and backward. Errors are those of the solution, and of the gradient
-of its mean square in all weights relative to their largest entry, against double precision at 1e-10.
+evaluations of the field those forward and backward. Memory is what a run holds at most besides its inputs:
+in torch by the profiler's account of allocations, in JAX the temporary memory of the compiled function.
+Errors are those of the solution, and of the gradient of its mean square in all weights relative to their
+largest entry, against double precision at 1e-10.
 """
-HEADER = ("solver", "ms", "evaluations", "solution", "gradient")
+HEADER = ("solver", "ms", "MiB", "evaluations", "solution", "gradient")
 
 
 def weights():
@@ -41,20 +43,24 @@ def field_of(tanh):
     return lambda y, W: tanh(tanh(y @ W[0]) @ W[1]) @ W[2]
 
 
-def row(name, seconds, evaluations, y, gradient, exact):
+def row(name, seconds, memory, evaluations, y, gradient, exact):
     error = np.sqrt(np.mean((np.asarray(y) - exact[0]) ** 2))
     off = max(abs(np.asarray(g) - e).max() / abs(e).max() for g, e in zip(gradient, exact[1], strict=True))
-    return name, f"{1e3 * seconds:.1f}", str(evaluations), f"{error:.0e}", f"{off:.0e}"
+    numbers = f"{1e3 * seconds:.1f}", f"{memory / 2**20:.1f}", str(evaluations), f"{error:.0e}", f"{off:.0e}"
+    return name, *numbers
 
 
-def best(call, repeats):
-    call()
+def best(calls, repeats):
+    """The least time of each call, and its result; they take turns, since machines are shared."""
+    results = [call() for call in calls]
     times = []
     for _ in range(repeats):
-        start = time.process_time()
-        result = call()
-        times.append(time.process_time() - start)
-    return min(times), result
+        times.append([])
+        for call in calls:
+            start = time.process_time()
+            call()
+            times[-1].append(time.process_time() - start)
+    return zip(np.min(times, 0), results, strict=True)
 
 
 def run_torch(tolerance, repeats):
@@ -87,22 +93,39 @@ def run_torch(tolerance, repeats):
 
         return call
 
-    options = lambda tolerance: {"rtol": tolerance, "atol": tolerance}
+    def peak(call):
+        with torch.profiler.profile(profile_memory=True) as recorded:
+            call()
+        events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        return max(np.cumsum([size for _, size in changes]))
+
+    def with_options(odeint, each=False, stricter=1, **options):
+        def solve(f, y, t, tol):
+            t = t.expand(BATCH, TIMES) if each else t
+            y = odeint(f, y, t, rtol=tol / stricter, atol=tol / stricter, **options)
+            return y.transpose(0, 1) if each else y
+
+        return solve
+
+    ours, peer, kept = optlayers.odeint, torchdiffeq.odeint, {"adjoint": optlayers.Discrete(0)}
     peers = {
-        "OptLayers, shared steps": lambda f, y, t, tol: optlayers.odeint(f, y, t, **options(tol)),
-        "OptLayers, steps of each sample": lambda f, y, t, tol: optlayers.odeint(
-            f, y, t.expand(BATCH, TIMES), **options(tol)
-        ).transpose(0, 1),
-        "torchdiffeq, adjoint": lambda f, y, t, tol: torchdiffeq.odeint_adjoint(f, y, t, **options(tol)),
-        "torchdiffeq, all stages kept": lambda f, y, t, tol: torchdiffeq.odeint(f, y, t, **options(tol)),
-        "torchdiffeq, all kept, tolerance/30": lambda f, y, t, tol: torchdiffeq.odeint(
-            f, y, t, **options(tol / 30)
-        ),
+        "OptLayers": with_options(ours),
+        "OptLayers, steps of each sample": with_options(ours, each=True),
+        "OptLayers, all stages kept": with_options(ours, **kept),
+        "OptLayers, all kept, steps of each sample": with_options(ours, each=True, **kept),
+        "OptLayers, all kept, tolerance*10": with_options(ours, stricter=0.1, **kept),
+        "torchdiffeq, adjoint": with_options(torchdiffeq.odeint_adjoint),
+        "torchdiffeq, all stages kept": with_options(peer),
+        "torchdiffeq, all kept, tolerance/30": with_options(peer, stricter=30),
+        "OptLayers, rk4": with_options(ours, method="rk4"),
+        "OptLayers, rk4, all stages kept": with_options(ours, method="rk4", **kept),
+        "torchdiffeq, rk4, all stages kept": with_options(peer, method="rk4"),
     }
     exact, rows = solve(next(iter(peers.values())), torch.float64, 1e-10)(), []
-    for name, odeint in peers.items():
-        seconds, (y, gradient) = best(solve(odeint, torch.float32, tolerance), repeats)
-        rows.append(row(name, seconds, count[0], y, gradient, exact))
+    calls = [solve(odeint, torch.float32, tolerance) for odeint in peers.values()]
+    for name, call, (seconds, (y, gradient)) in zip(peers, calls, best(calls, repeats), strict=True):
+        rows.append(row(name, seconds, peak(call), count[0], y, gradient, exact))
     return rows
 
 
@@ -138,14 +161,18 @@ def run_jax(tolerance, repeats):
             y, evaluations = layer(W, *arrays[1:], tolerance)
             return (y**2).mean(), (y, evaluations)
 
-        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        return lambda: jax.block_until_ready(compiled(arrays[0]))
+        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(arrays[0]).compile()
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        return lambda: jax.block_until_ready(compiled(arrays[0])), memory
 
-    (_, (y, _)), gradient = solve(ours, xp.float64, 1e-10)()
+    (_, (y, _)), gradient = solve(ours, xp.float64, 1e-10)[0]()
     exact, rows = (np.asarray(y), [np.asarray(g) for g in gradient]), []
-    for name, layer in (("OptLayers", ours), ("diffrax", peer)):
-        seconds, ((_, (y, evaluations)), gradient) = best(solve(layer, xp.float32, tolerance), repeats)
-        rows.append(row(name, seconds, evaluations, y, gradient, exact))
+    calls, memories = zip(*(solve(layer, xp.float32, tolerance) for layer in (ours, peer)), strict=True)
+    for name, memory, (seconds, result) in zip(
+        ("OptLayers", "diffrax"), memories, best(calls, repeats), strict=True
+    ):
+        (_, (y, evaluations)), gradient = result
+        rows.append(row(name, seconds, memory, evaluations, y, gradient, exact))
     return rows
 
 
@@ -155,7 +182,7 @@ def main():
     )
     parser.add_argument("--framework", choices=("torch", "jax"), default="torch")
     parser.add_argument("--tolerance", type=float, default=1e-5)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "ode.md")
     options = parser.parse_args()
     run, peer = {"torch": (run_torch, "torchdiffeq"), "jax": (run_jax, "diffrax")}[options.framework]

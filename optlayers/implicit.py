@@ -69,10 +69,15 @@ class Implicit:
         if self.linear_solve is not None:
             tangent = ops.frozen_jvp(residual, root)
             return lambda r: self.linear_solve(tangent, r)  # type: ignore[misc]
-        factor = ops.lu_factor(ops.jacobian(residual, root))
+        return dense_inverse(ops, residual, root)
 
-        def invert(r, transposed, *factor):
-            column = ops.reshape(r, (r.shape[0], math.prod(r.shape[1:]), 1))
-            return ops.reshape(ops.lu_solve(factor, column, transpose=transposed), r.shape)
 
-        return lambda r: ops.increment(invert, r, *factor)
+def dense_inverse(ops: Ops, residual: Callable[[Array], Array], root: Array) -> Callable[[Array], Array]:
+    """r to zero, whose derivative in r is the inverse of the residual's Jacobian at the root."""
+    factor = ops.lu_factor(ops.jacobian(residual, root))
+
+    def invert(r, transposed, *factor):
+        column = ops.reshape(r, (r.shape[0], math.prod(r.shape[1:]), 1))
+        return ops.reshape(ops.lu_solve(factor, column, transpose=transposed), r.shape)
+
+    return lambda r: ops.increment(invert, r, *factor)

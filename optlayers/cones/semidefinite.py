@@ -55,6 +55,8 @@ class Semidefinite:
 
         def rotate(U, M):
             """U M U' for matrices M (B, c, n, n, k), with products that take all k at once."""
+            if k == 1:
+                return (U @ M[..., 0] @ U.mT)[..., None]
             M = U @ ops.reshape(M, (M.shape[0], count, n, n * k))
             return U[:, :, None] @ ops.reshape(M, (M.shape[0], count, n, n, k))
 

@@ -75,12 +75,11 @@ class InitialValueProblem:
         if self.order < 1 or self.max_steps < 1:
             raise ValueError(f"order and max_steps must be at least 1, got {self.order} and {self.max_steps}")
 
-    def _runge_kutta(self, ops: MatrixFreeOps, y: Array) -> RungeKutta:
+    def _runge_kutta(self, ops: MatrixFreeOps, y: Array, every: int) -> RungeKutta:
         is_double = ops.eps(y) < 1e-10
         rtol = self.rtol if self.rtol is not None else 1e-7 if is_double else 1e-5
         atol = self.atol if self.atol is not None else 1e-9 if is_double else 1e-7
         tableau = TABLEAUX[self.method] if isinstance(self.method, str) else self.method
-        every = self.adjoint.checkpoint_every
         return RungeKutta(tableau, rtol, atol, self.step_size, self.first_step, self.max_steps, every)
 
     def __call__(
@@ -101,21 +100,28 @@ class InitialValueProblem:
             event: (t, y) to one number for each sample.
         """
         axes = Axes(ops, y0, t)
-        y, method = axes.start, self._runge_kutta(ops, axes.start)
+        y = axes.start
         times, count, sign = ascending(ops, axes.times(t))
         jump_times, order, jump = _jumps(ops, axes, jumps, sign)
-        system, theta = _system(ops, axes, func, jump, event, sign, times[:, 0])
+        every = self.adjoint.checkpoint_every
+        is_recorded = every == 0 and ops.has_tape() and all(map(ops.is_constant, (times, jump_times)))
+        system, theta = _system(ops, axes, func, jump, event, sign, times[:, 0], is_recorded)
+        inputs = [y, times, jump_times, *theta]
+        is_logged = not (is_recorded or all(map(ops.is_constant, inputs)))
+        method = self._runge_kutta(ops, y, max(every, 1) if is_logged else 0)
         grid = Grid(*map(ops.stop_gradient, (times, count, jump_times)))
-        integrate = lambda y, *theta: method.integrate(ops, system, y, grid, theta)
-        results, end, log, outcome, _ = ops.call_detached(integrate, y, *theta)
+        if is_recorded:
+            results, end, log, outcome, _ = method.integrate(ops, system, y, grid, theta, order=self.order)
+        else:
+            integrate = lambda y, *theta: method.integrate(ops, system, y, grid, theta)
+            results, end, log, outcome, _ = ops.call_detached(integrate, y, *theta)
         if self.on_failure == "raise":
             report = lambda status, time: check(status, time, "at t = {:.6g}")
             ops.on_host(report, axes.lane(outcome.status), axes.lane(outcome.time * sign))
 
         if not ops.is_constant(times):
             early = ops.stop_gradient(times[:, 0]) - times[:, 0]
-            y = flow(lambda t, y: system.field(t, y, theta), times[:, 0], y, early)
-        inputs = [y, times, jump_times, *theta]
+            inputs[0] = flow(lambda t, y: system.field(t, y, theta), times[:, 0], y, early)
         solved = Solved(ops, method, system, grid, inputs, results, end, log, outcome)
         results, end = self.adjoint(solved, self.order)
         results = self._on_failure(solved, results)
@@ -149,17 +155,22 @@ def _jumps(ops: MatrixFreeOps, axes: Axes, jumps: Jumps | None, sign: Array):
     return ops.take_rows(times, order), order, numbered
 
 
-def _system(ops, axes: Axes, func, jump, event, sign, start) -> tuple[System, list[Array]]:
-    """The user's functions as those of the solver, and the arrays that they depend on."""
+def _system(ops, axes: Axes, func, jump, event, sign, start, is_recorded) -> tuple[System, list[Array]]:
+    """The user's functions as those of the solver, and the arrays that they depend on, unless they are
+    recorded."""
+    is_forward = ops.holds(ops.all(sign > 0))
+
+    def turn(x):
+        return x if is_forward else x * ops.reshape(sign, (-1,) + (1,) * (x.ndim - 1))
 
     def field(t, y):
-        return axes.matrix(func(axes.scalar(t * sign), axes.state(y)), "func's value") * sign[:, None]
+        return turn(axes.matrix(func(axes.scalar(turn(t)), axes.state(y)), "func's value"))
 
     def leap(t, y, j):
-        return axes.matrix(jump(axes.scalar(t * sign), axes.state(y), j), "the state after a jump")
+        return axes.matrix(jump(axes.scalar(turn(t)), axes.state(y), j), "the state after a jump")
 
     def trigger(t, y):
-        return axes.vector(event(axes.scalar(t * sign), axes.state(y)), "the event's value")
+        return axes.vector(event(axes.scalar(turn(t)), axes.state(y)), "the event's value")
 
     t, y = ops.stop_gradient(start), ops.stop_gradient(axes.start)
     wanted = [(field, (t, y))]
@@ -167,7 +178,10 @@ def _system(ops, axes: Axes, func, jump, event, sign, start) -> tuple[System, li
         wanted.append((leap, (t, y, ops.to_int(0 * t))))
     if event is not None:
         wanted.append((trigger, (t, y)))
-    functions, theta = ops.explicit(*zip(*wanted, strict=True))
+    if is_recorded:
+        functions, theta = [lambda *args, f=f: f(*args[:-1]) for f, _ in wanted], []
+    else:
+        functions, theta = ops.explicit(*zip(*wanted, strict=True))
     found = dict(zip([function for function, _ in wanted], functions, strict=True))
     return System(found[field], found.get(leap), found.get(trigger)), theta
 
@@ -227,8 +241,8 @@ def odeint_doc():
             None is 1e-7 and 1e-9 in double precision, and 1e-5 and 1e-7 in single.
         method: "dopri5", "tsit5", "bosh3", "dopri8"; "kvaerno5", implicit, for stiff equations; of fixed step
             "euler", "midpoint", "heun", "rk4"; or a Tableau.
-        adjoint: Discrete(), the derivatives of the computed solution, which can keep fewer states, or
-            Continuous().
+        adjoint: Discrete(), the derivatives of the computed solution, which can keep fewer states or, in
+            torch, all stages; or Continuous().
         jumps: (times, fn) or (times, fn, mask): at times (J,) or (B, J) the state is replaced by that which
             fn gives; at times that are NaN or masked nothing happens. An output at the time of a jump is the
             state before it.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from ..ops import Array, MatrixFreeOps
-from ..solvers.initial_value import Entry, Grid, Log, Outcome, RungeKutta, System
+from ..solvers.initial_value import Entry, Grid, Outcome, RungeKutta, System
 from ..solvers.runge_kutta import flow, interpolate
 
 
@@ -29,7 +29,7 @@ class Solved(NamedTuple):
     inputs: list[Array]
     results: Array
     end: Array
-    log: Log
+    log: Any  # a Log, or None where nothing is logged
     outcome: Outcome
 
 
@@ -38,7 +38,7 @@ class Adjoint(Protocol):
 
     @property
     def checkpoint_every(self) -> int:
-        """Of how many steps one state is logged."""
+        """Of how many steps one state is logged; 0 records the steps themselves where the framework can."""
         ...
 
     def __call__(self, solved: Solved, order: int) -> tuple[Array, Array]: ...
@@ -49,7 +49,10 @@ class Discrete:
     """The derivatives of the computed solution, to rounding: those of its steps.
 
     Args:
-        checkpoint_every: steps between the states that are kept; those between them are computed again.
+        checkpoint_every: steps between the states that are kept; those between them are computed again. With
+            0 whatever the steps have computed is kept: fastest, with the memory of all stages of all steps.
+            JAX, and torch in forward mode, under vmap or for times or jump times with gradients, take it
+            for 1.
 
     Example:
         >>> from optlayers.torch import Discrete
@@ -60,13 +63,14 @@ class Discrete:
     checkpoint_every: int = 1
 
     def __post_init__(self):
-        if self.checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
+        if self.checkpoint_every < 0:
+            raise ValueError(f"checkpoint_every must not be negative, got {self.checkpoint_every}")
 
     def __call__(self, solved, order):
-        ops, steps = solved.ops, Steps(solved, order)
-        if order == 1:
-            values = solved.results, solved.end
+        ops, steps, values = solved.ops, Steps(solved, order), (solved.results, solved.end)
+        if solved.log is None:
+            results, end = values
+        elif order == 1:
             results, end = ops.replayed(values, steps.replay, steps.sweep, solved.inputs)
         else:
             results, end = steps.replay(solved.inputs, ops.bounded_repeat)
@@ -180,12 +184,16 @@ class Steps:
         t, h, window = entry.t, entry.h, method.window(outputs.shape[1])
         field = lambda t, y: system.field(t, y, theta)
         stages, end = method.stages(self.order), method.end_of(ops, grid, t, h, t + h)
-        K, y_new, _ = stages(ops, field, t, h, y, field(t, y), end)
+        first = field(t, y)
+        K, y_new, _ = stages(ops, field, t, h, y, first, end)
 
         def emit(y_new):
+            if method.lands and ops.is_constant(outputs):
+                return y_new[:, None]
             rows = ops.minimum(method.output_rows(ops, grid, entry), outputs.shape[1] - 1)
             times = ops.where(rows >= entry.row[:, None], ops.take_rows(outputs, rows), t[:, None])
-            return interpolate(ops, method.tableau, t, h, y, stages.complete(field, K, y_new, end), times)
+            all_increments, _ = stages.complete(ops, field, h, K, y_new, first, end)
+            return interpolate(ops, method.tableau, t, h, y, all_increments, times)
 
         def emit_nothing(y_new):
             return ops.broadcast_to(0 * y_new[:, None], (y.shape[0], window, y.shape[1]))

@@ -84,7 +84,7 @@ class Continuous:
         for s, weight in enumerate(tableau.a[-1]):
             if weight == 0:
                 continue
-            stage = state if s == 0 else state + h[:, None] * ops.weighted_sum(tableau.a[s], K[:s])
+            stage = state if s == 0 else ops.weighted_sum(tableau.a[s], K[:s], state)
             field = lambda y, theta, s=s: (solved.system.field(-t - tableau.c[s] * h, y, theta),)
             _, pull = ops.vjp(field, stage[:, :width], theta)
             _, more = pull((weight * h[:, None] * stage[:, width:],))

@@ -1,8 +1,10 @@
 """The seam between the algorithms and the frameworks.
 
 `optlayers.ops.torch` and `optlayers.ops.jax` define the same functions; a solver takes one of the two
-modules as its first argument `ops` and is written once. Arithmetic, comparison, `abs`, `@`, `.mT`,
-`.shape`, `.dtype` and basic slicing are used directly; `Ops` lists all that the frameworks name differently.
+modules as its first argument `ops` and is written once. `optlayers.ops.numpy` has the part of them that
+solvers of cone programs need, which torch hands over to it on a CPU. Arithmetic, comparison, `abs`, `@`,
+`.mT`, `.shape`, `.dtype` and basic slicing are used directly; `Ops` lists all that the frameworks name
+differently.
 """
 
 from __future__ import annotations
@@ -177,7 +179,7 @@ class Ops(Protocol):
     def in_blocks(
         self, function: Callable, arrays: Sequence[Array], ndims: Sequence[int], size: int
     ) -> list[Array]:
-        """`function(*arrays)` for a batch, on a CPU in blocks of rows that its caches can hold.
+        """`function(*arrays)` for a batch, on a CPU in blocks of rows that its caches can hold, side by side.
 
         Arrays with more axes than `ndims` have a row for each problem; `size` numbers are the largest array
         of a problem. Batches that share their matrices are not cut, as the work on these would be repeated.
@@ -316,13 +318,24 @@ class MatrixFreeOps(Ops, Protocol):
         """`x`, made by `rows`, with room for row k of each sample."""
         ...
 
-    def weighted_sum(self, weights: Sequence[float], arrays: Sequence[Array]) -> Array: ...
+    def weighted_sum(self, weights: Sequence[float], arrays: Sequence[Array], start: Any = None) -> Array:
+        """The sum of weights times arrays, added to `start` if there is one."""
+        ...
+
     def largest(self, x: Array) -> Any:
         """The largest of the integers x, under a vectorising map in any of its calls: for `repeat`."""
         ...
 
     def is_constant(self, x: Array) -> bool:
         """Whether it is known that no derivative in x will be asked for."""
+        ...
+
+    def has_tape(self) -> bool:
+        """Whether what is computed now is recorded for derivatives in reverse mode, and for no others."""
+        ...
+
+    def holds(self, condition: Array) -> bool:
+        """Whether `condition`, a scalar, is known to hold, and not only traced or mapped."""
         ...
 
     def bounded_repeat(self, count: Any, limit: int, body: Callable, state: Any) -> Any:

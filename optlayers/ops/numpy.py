@@ -131,18 +131,19 @@ def on_chosen(rows, batch, function, data, ndims, state, put_rows):
 BLOCK_BYTES = 2**21
 
 
-def in_blocks(function, arrays, ndims, size):
+def in_blocks(function, arrays, ndims, size, run=map, threads=1):
     is_batched = [x.ndim > own for x, own in zip(arrays, ndims, strict=False)]
     batch = max([len(x) for x, batched in zip(arrays, is_batched, strict=True) if batched], default=1)
     has_matrices = np.any([batched and own > 1 for batched, own in zip(is_batched, ndims, strict=False)])
     count = min(batch, -(-batch * size * arrays[0].itemsize // BLOCK_BYTES))
     if count < 2 or not has_matrices:
         return function(*arrays)
+    count = min(batch, -(-count // threads) * threads)
     parts = [
         np.array_split(x, count) if len(x) == batch and batched else [x] * count
         for x, batched in zip(arrays, is_batched, strict=True)
     ]
-    results = [function(*part) for part in zip(*parts, strict=True)]
+    results = run(lambda part: function(*part), zip(*parts, strict=True))
     return [np.concatenate(outputs) for outputs in zip(*results, strict=True)]
 
 

@@ -1,6 +1,7 @@
 """Initial value problems y' = f(t, y) for a batch whose samples take steps of their own.
 
-`RungeKutta.integrate` runs the only loop. It has no derivatives, and logs the steps that it accepted.
+`RungeKutta.integrate` runs the only loop. It logs the steps that it accepted, for derivatives to be those of
+these steps; or it is recorded itself, and then has the derivatives of y while times and step sizes have none.
 
 Shapes: y (B, k); t, h (B,); output times (B, T); jumps (B, J). Time runs forward. Results are the rows of one
 array (B, T + 2 J + 1, k): outputs, states before each jump, states after it, and a row for what nobody asked
@@ -118,7 +119,7 @@ class _State(NamedTuple):
     g: Array
     target: Array
     outcome: Outcome
-    log: Log
+    log: Log | None
     results: Array
     totals: tuple[Array, ...]
 
@@ -133,7 +134,7 @@ class RungeKutta:
         step_size: fixed steps; None adapts them, or goes from one output to the next without error estimate.
         first_step: None chooses it.
         max_steps: most attempts, for each sample.
-        every: of how many accepted steps one state is logged.
+        every: of how many accepted steps one state is logged; 0 logs nothing.
     """
 
     tableau: Tableau
@@ -170,14 +171,16 @@ class RungeKutta:
         theta: Sequence[Array],
         quadrature: Callable | None = None,
         totals: Sequence[Array] = (),
-    ) -> tuple[Array, Array, Log, Outcome, Sequence[Array]]:
+        order: int = 0,
+    ) -> tuple[Array, Array, Log | None, Outcome, Sequence[Array]]:
         """Results, final states, what was logged, what became of each sample, and the integrals.
 
         Args:
-            quadrature: (t, h, y, slopes) of accepted steps (h is zero for others) to what is added to
+            quadrature: (t, h, y, increments) of accepted steps (h is zero for others) to what is added to
                 `totals`.
+            order: derivatives that results and final states have in y and theta, by being recorded.
         """
-        return _Loop(ops, self, system, grid, theta, quadrature)(y, tuple(totals))
+        return _Loop(ops, self, system, grid, theta, quadrature, order)(y, tuple(totals))
 
     def output_rows(self, ops: MatrixFreeOps, grid: Grid, entry: Entry) -> Array:
         """Where the outputs (B, W) of a step go in the results."""
@@ -196,11 +199,11 @@ class RungeKutta:
         meets = 1.01 * h >= gap
         return ops.where(meets, gap, ops.where(2 * h > gap, gap / 2, h)), meets
 
-    def error(self, ops: MatrixFreeOps, h: Array, y: Array, y_new: Array, K: Sequence[Array]) -> Array:
+    def error(self, ops: MatrixFreeOps, y: Array, y_new: Array, K: Sequence[Array]) -> Array:
         """The error relative to the tolerances (B,), not finite if the step is not."""
         if not self.is_adaptive:
             return 0 * (ops.sum(y_new, 1) + ops.sum(K[-1], 1))
-        error = h[:, None] * ops.weighted_sum(self.tableau.error, K)
+        error = ops.weighted_sum(self.tableau.error, K)
         return _size(ops, error / (self.atol + self.rtol * ops.maximum(abs(y), abs(y_new))))
 
     def next_step(self, ops, h, h_full, meets, error, error_before, accepted) -> Array:
@@ -227,9 +230,14 @@ class _Loop:
     grid: Grid
     theta: Sequence[Array]
     quadrature: Callable | None
+    order: int
 
     def field(self, t: Array, y: Array) -> Array:
         return self.system.field(t, y, self.theta)
+
+    def event(self, t: Array, y: Array) -> Array:
+        event = self.system.event
+        return 0 * t if event is None else self.ops.stop_gradient(event(t, y, self.theta))
 
     def __call__(self, y: Array, totals: tuple[Array, ...]):
         ops, method, grid = self.ops, self.method, self.grid
@@ -238,7 +246,8 @@ class _Loop:
         def unfinished(state):
             return (state.k < method.max_steps) & ops.any_mapped(state.outcome.status == RUNNING)
 
-        state = ops.while_loop(unfinished, lambda state: self._attempt(grid.end(ops), state), state)
+        end = grid.end(ops)
+        state = ops.while_loop(unfinished, lambda state: self._attempt(end, state), state)
         status = state.outcome.status
         status = ops.where(status == RUNNING, Status.STEP_LIMIT.code, status)
         outcome = state.outcome._replace(status=status, time=state.t)
@@ -251,13 +260,15 @@ class _Loop:
         started = ops.all(ops.isfinite(y), 1) & ops.all(ops.isfinite(f), 1)
         status = ops.where(started, RUNNING, Status.NON_FINITE.code) + zero
         outcome = Outcome(status, zero, zero, zero + (2 if method.is_adaptive else 1), t, zero < 0)
-        entries = ops.broadcast_to(0 * t[:, None], (y.shape[0], 5))
-        log = Log(
-            ops.rows(y, -(-method.max_steps // method.every) + 1), ops.rows(entries, method.max_steps), zero
-        )
+        fixed_y, fixed_f = ops.stop_gradient(y), ops.stop_gradient(f)
+        log = None
+        if method.every > 0:
+            entries = ops.broadcast_to(0 * t[:, None], (y.shape[0], 5))
+            states = ops.rows(fixed_y, -(-method.max_steps // method.every) + 1)
+            log = Log(states, ops.rows(entries, method.max_steps), zero)
         first_jump = ops.to_int(ops.sum(ops.where(grid.jumps < t[:, None], 1, 0), 1))
-        g = 0 * t if self.system.event is None else self.system.event(t, y, self.theta)
-        h, inf = self._first_step(t, y, f), 0 * t + ops.inf
+        g = self.event(t, fixed_y)
+        h, inf = self._first_step(t, fixed_y, fixed_f), 0 * t + ops.inf
         results = grid.blank(ops, y)
         return _State(0, t, y, f, h, 0 * t + 1, zero, first_jump, g, inf, outcome, log, results, totals)
 
@@ -272,7 +283,7 @@ class _Loop:
         d0, d1 = _size(ops, y / scale), _size(ops, f / scale)
         h0 = ops.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / ops.where(d1 > 0, d1, 1.0))
         h0 = ops.minimum(h0, self.grid.end(ops) - t)
-        f1 = self.field(t + h0, y + h0[:, None] * f)
+        f1 = ops.stop_gradient(self.field(t + h0, y + h0[:, None] * f))
         d2 = _size(ops, (f1 - f) / scale) / ops.where(h0 > 0, h0, 1.0)
         d = ops.maximum(d1, d2)
         h1 = (0.01 / ops.maximum(d, 1e-15)) ** (1 / method.tableau.order)
@@ -288,22 +299,24 @@ class _Loop:
         if method.lands:
             stop = ops.minimum(stop, _following(ops, grid.outputs, row))
         h, meets = method.divide(ops, h_full, stop - t)
+        h = ops.where(running, h, 0.0) if self.order > 0 else h
         t_new = ops.where(meets, stop, t + h)
         stage_end = method.end_of(ops, grid, t, h, t_new)
-        K, y_new, work = method.stages()(ops, self.field, t, h, y, f, stage_end)
-        K = method.stages().complete(self.field, K, y_new, stage_end)
-        work = work + 1 if method.tableau.diagonal == 0 else work
-        error = method.error(ops, h, y, y_new, K)
-        accepted = running & (error <= 1)
-        g_new, target, accepted, h_event = self._event(state, accepted, target, t, h, y, K, t_new, y_new)
+        taken, work = self._take(t, h, y, f, stage_end)
+        *K, y_new, f_new = map(ops.stop_gradient, taken)
+        error = method.error(ops, y, y_new, K)
+        is_exact = running & (error <= 1)
+        g_new, target, accepted = self._event(state, is_exact, target, t, h, y, K, t_new, y_new)
+        if self.order > 0:
+            *K, y_new, f_new = self._recorded(taken, running, accepted, t, h, y, f, stage_end)
 
         hits, times = self._hits(row, t_new)
         advances = accepted & (hits <= times.shape[1])
         leaps = advances & (t_new >= next_jump)
         entry = Entry(t, h, row, ops.where(accepted, hits, 0), ops.where(leaps, jump, -1))
         log = self._write(state, entry, accepted)
-        results = self._emit(state.results, entry, y, K, times)
-        y_new, f_new, results = self._leap(entry, t_new, y_new, K[-1], results)
+        results = self._emit(state.results, entry, y, K, y_new, times)
+        y_new, f_new, results = self._leap(entry, t_new, y_new, f_new, results)
         jump = jump + ops.to_int(leaps)
         totals = state.totals
         if self.quadrature is not None:
@@ -313,9 +326,7 @@ class _Loop:
         happened = advances & (t_new >= target)
         done = advances & (t_new >= end) & (_following(ops, grid.jumps, jump) > end) | happened
         h_next = method.next_step(ops, h, h_full, meets, error, error_before, accepted)
-        h_next = ops.where(accepted & ~advances, h_full, ops.where(h_event > 0, h_full, h_next))
-        refused = running & ~accepted & (h_event == 0)
-        failed, reason = self._failure(refused, error, h_next, t, end)
+        failed, reason = self._failure(running & ~is_exact, error, h_next, t, end)
         status = ops.where(done, Status.SOLVED.code, ops.where(failed, reason, outcome.status))
         outcome = Outcome(
             status,
@@ -325,12 +336,32 @@ class _Loop:
             t,
             outcome.happened | happened,
         )
-        t, y, f, g = select(ops, advances, (t_new, y_new, f_new, g_new), (t, y, f, g))
-        error_before = ops.where(advances, ops.maximum(error, 1e-4), error_before)
+        moved = t_new, y_new, f_new, g_new, h_next, ops.maximum(error, 1e-4)
+        if not ops.holds(ops.all(advances)):
+            h_next = ops.where(is_exact, h_full, h_next)
+            moved = select(ops, advances, moved, (t, y, f, g, h_next, error_before))
+        t, y, f, g, h_next, error_before = moved
         row = row + ops.minimum(entry.hits, times.shape[1])
         return _State(
             state.k + 1, t, y, f, h_next, error_before, row, jump, g, target, outcome, log, results, totals
         )
+
+    def _take(self, t, h, y, f, end):
+        """Increments, state and slope at the end of a step, in one list; and evaluations of the field."""
+        stages = self.method.stages(self.order)
+        K, y_new, work = stages(self.ops, self.field, t, h, y, f, end)
+        K, f_new = stages.complete(self.ops, self.field, h, K, y_new, f, end)
+        return [*K, y_new, f_new], work if self.method.tableau.diagonal else work + 1
+
+    def _recorded(self, taken, running, accepted, t, h, y, f, end):
+        """What `_take` has found, where refused steps are not recorded: their derivatives may be infinite."""
+        ops = self.ops
+        if ops.holds(ops.all(accepted | ~running)):
+            return taken
+        fixed = ops.stop_gradient(y), ops.stop_gradient(f)
+        if not ops.holds(ops.any(accepted)):
+            return list(map(ops.stop_gradient, taken))
+        return self._take(t, ops.where(accepted, h, 0.0), *select(ops, accepted, (y, f), fixed), end)[0]
 
     def _failure(self, refused, error, h_next, t, end):
         """Which samples cannot go on, and why."""
@@ -352,6 +383,8 @@ class _Loop:
     def _write(self, state, entry, accepted):
         """Every sample writes; what was not accepted is written over, or lies behind the log's end."""
         ops, log, every = self.ops, state.log, self.method.every
+        if log is None:
+            return None
         columns = ops.stack([ops.cast(x, state.y) for x in entry], 1)[:, None]
         states = ops.grown(log.states, state.k // every)
         entries = ops.grown(log.entries, state.k)
@@ -362,11 +395,13 @@ class _Loop:
         entries = ops.put_rows(entries, log.length[:, None], columns)
         return Log(states, entries, log.length + ops.to_int(accepted))
 
-    def _emit(self, results, entry, y, K, times):
+    def _emit(self, results, entry, y, K, y_new, times):
         ops, method = self.ops, self.method
 
         def emit(results):
-            values = interpolate(ops, method.tableau, entry.t, entry.h, y, K, times)
+            values = y_new[:, None]
+            if not method.lands:
+                values = interpolate(ops, method.tableau, entry.t, entry.h, y, K, times)
             return ops.put_rows(results, method.output_rows(ops, self.grid, entry), values)
 
         return ops.cond(ops.any_mapped(entry.hits > 0), emit, lambda results: results, results)
@@ -387,23 +422,23 @@ class _Loop:
 
     def _event(self, state, accepted, target, t, h, y, K, t_new, y_new):
         """A step over the event is refused, and the next one ends at it, as the interpolant has it."""
-        ops, event = self.ops, self.system.event
-        if event is None:
-            return state.g, target, accepted, 0 * h
-        g_new = event(t_new, y_new, self.theta)
+        ops = self.ops
+        if self.system.event is None:
+            return state.g, target, accepted
+        g_new = self.event(t_new, y_new)
         crosses = accepted & (state.g * g_new < 0) & (t_new < target)
 
         def locate():
             def value(fraction):
                 time = t + fraction * h
                 at = interpolate(ops, self.method.tableau, t, h, y, K, time[:, None])[:, 0]
-                return event(time, at, self.theta)
+                return self.event(time, at)
 
             return t + _illinois(ops, value, state.g, g_new) * h
 
         found = ops.cond(ops.any_mapped(crosses), locate, lambda: t)
         target = ops.where(crosses, found, target)
-        return g_new, target, accepted & ~crosses, ops.where(crosses, h, 0.0)
+        return g_new, target, accepted & ~crosses
 
 
 def _illinois(ops: MatrixFreeOps, value: Callable, g0: Array, g1: Array) -> Array:
@@ -427,7 +462,7 @@ def _size(ops: MatrixFreeOps, x: Array) -> Array:
 def _following(ops: MatrixFreeOps, times: Array, index: Array) -> Array:
     """The time number `index` of each row, infinite behind the last."""
     if times.shape[1] == 0:
-        return 0 * ops.cast(index, times) + ops.inf
+        return ops.full(index.shape, ops.inf, times)
     last = times.shape[1] - 1
     time = ops.take_rows(times, ops.minimum(index, last)[:, None])[:, 0]
     return ops.where(index > last, ops.inf, time)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Tableau:
         """Whether steps must end at output times."""
         return self.interpolant is None
 
-    @property
+    @cached_property
     def weights(self) -> np.ndarray:
         """Coefficients (degree, S) of the polynomials b_s."""
         if self.interpolant is not None:

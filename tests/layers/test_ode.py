@@ -206,6 +206,75 @@ def test_discrete_adjoint_equals_the_derivative_of_the_steps(frontend, rng, meth
         assert_close(a, e, 1e-8 if method == "kvaerno5" else 1e-11)
 
 
+def gradients_both_ways(field, y0, t, weight, **options):
+    """Of the sum of squares in y0 and the weight: of recorded steps, and of those that are taken again."""
+    frontend = torch_frontend()
+    torch, results = frontend.framework, []
+    for adjoint in (Discrete(0), Discrete()):
+        w, start = frontend.array(weight).requires_grad_(), frontend.array(y0).requires_grad_()
+        own = {k: v(w) if callable(v) and k != "event" else v for k, v in options.items()}
+        y, info = odeint(
+            frontend, field(w), start, frontend.array(t), adjoint=adjoint, return_info=True, **own
+        )
+        outputs = [y] if info.event_time is None else [info.event_time, info.event_state]
+        gradients = torch.autograd.grad(sum((x**2).sum() for x in outputs), (start, w))
+        results.append(([*outputs, *gradients], info))
+    return results
+
+
+def assert_recorded_steps_have_the_same_gradients(*problem, **options):
+    (actual, _), (expected, info) = gradients_both_ways(*problem, **options)
+    for a, e in zip(actual, expected, strict=True):
+        assert np.isfinite(e.detach().numpy()).all()
+        assert_close(a.detach().numpy(), e.detach().numpy(), 1e-7)
+    return info
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "dopri8", "rk4", "kvaerno5"])
+@pytest.mark.parametrize("direction", [1, -1])
+def test_recorded_steps(rng, method, direction):
+    """Of many samples, which do not accept the same steps."""
+    t = direction * np.linspace(0, 1, 7) * np.array([[1.0], [2.0], [5.0]])
+    tolerance = 1e-7 if method == "kvaerno5" else 1e-4  # stages are solved to a thousandth
+    options = {"method": method, "rtol": tolerance, "atol": tolerance, "first_step": 1.0}
+    field = lambda w: lambda t, y: (y @ w).tanh() * (9 * t).cos()
+    values = rng.standard_normal((3, 2)), t, rng.standard_normal((2, 2))
+    info = assert_recorded_steps_have_the_same_gradients(field, *values, **options)
+    assert method == "rk4" or (info.rejected > 0).any()
+
+
+def test_refused_steps_are_not_recorded():
+    """They reach where the field has no derivative, nor a value."""
+    t, y0 = np.linspace(0, 1, 3) * np.ones((2, 1)), np.array([[1.0], [9.0]])
+    field = lambda w: lambda t, y: -w * y.sqrt()
+    info = assert_recorded_steps_have_the_same_gradients(field, y0, t, np.array(1.5), first_step=3.0)
+    assert (info.rejected > 0).all()
+    one = assert_recorded_steps_have_the_same_gradients(field, y0[0], t[0], np.array(1.5), first_step=3.0)
+    assert one.rejected > 0
+
+
+def test_recorded_steps_with_jumps_and_an_event():
+    field = lambda w: lambda t, y: -w * y
+    jumps = lambda w: (torch_frontend().array([0.4, 0.7]), lambda t, y, j: y + w**2)
+    values = np.array([1.0, 2.0]), np.linspace(0, 1, 4), np.array(0.5)
+    assert_recorded_steps_have_the_same_gradients(field, *values, jumps=jumps)
+    event = lambda t, y: y[1] - 1.5
+    assert_recorded_steps_have_the_same_gradients(field, *values, event=event)
+
+
+def test_second_derivatives_of_recorded_steps(rng):
+    frontend = torch_frontend()
+    torch, t = frontend.framework, frontend.array([0.0, 0.5, 1.0])
+    A, y0 = (frontend.array(v).requires_grad_() for v in spiral(rng)[:2])
+    results = []
+    for adjoint in (Discrete(0), Discrete()):
+        y = odeint(frontend, lambda t, y: A @ y, y0, t, order=2, adjoint=adjoint)
+        (first,) = torch.autograd.grad((y**3).sum(), A, create_graph=True)
+        results.append(torch.autograd.grad((first**2).sum(), (A, y0)))
+    for a, e in zip(*results, strict=True):
+        assert_close(a.numpy(), e.numpy(), 1e-10)
+
+
 @pytest.mark.slow_to_compile
 def test_forward_mode(frontend, rng):
     values = [frontend.array(v) for v in spiral(rng)]
@@ -544,7 +613,7 @@ def test_policies(frontend):
 
 
 @pytest.mark.slow_to_compile
-@pytest.mark.parametrize("adjoint", [Discrete(), Continuous()], ids=["discrete", "continuous"])
+@pytest.mark.parametrize("adjoint", [Discrete(), Discrete(0), Continuous()], ids=repr)
 def test_masked_samples_have_no_gradient(frontend, adjoint):
     """Nor a part in that of the weights: of y' = w y^2, with y = y_0 / (1 - w y_0 t), one explodes."""
     y0, t = np.array([[0.1], [1.0]]), np.linspace(0, 2, 5) * np.ones((2, 1))

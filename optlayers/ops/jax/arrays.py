@@ -59,9 +59,9 @@ def multiply_add(x, y, z):
     return x + y * z
 
 
-def weighted_sum(weights, arrays):
+def weighted_sum(weights, arrays, start=None):
     terms = [w * x for w, x in zip(weights, arrays, strict=True) if w != 0]
-    return builtins.sum(terms[1:], terms[0])
+    return builtins.sum(terms[1:], terms[0]) if start is None else start + builtins.sum(terms[1:], terms[0])
 
 
 def amax(x, axis, keepdims=False):

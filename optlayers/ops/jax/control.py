@@ -75,6 +75,14 @@ def is_constant(x):
     return not isinstance(x, jax.core.Tracer)
 
 
+def has_tape():
+    return False
+
+
+def holds(condition):
+    return not isinstance(condition, jax.core.Tracer) and bool(condition)
+
+
 any_mapped = jnp.any
 largest = jnp.max
 

@@ -109,6 +109,8 @@ def put(x, index, value):
 
 
 def take(x, indices, axis=-1):
+    if axis == -1 and x.ndim > 1:  # on the last axis index_select takes two to four times as long
+        return torch.gather(x, -1, indices.expand(*x.shape[:-1], len(indices)))
     return torch.index_select(x, axis, indices)
 
 
@@ -121,12 +123,11 @@ def scatter_add(values, indices, size):
     return torch.index_add(zeros, -1, indices, values)
 
 
-def weighted_sum(weights, arrays):
-    terms = [(w, x) for w, x in zip(weights, arrays, strict=True) if w != 0]
-    total = terms[0][0] * terms[0][1]
-    for w, x in terms[1:]:
-        total = torch.add(total, x, alpha=w)
-    return total
+def weighted_sum(weights, arrays, start=None):
+    for w, x in zip(weights, arrays, strict=True):
+        if w != 0:
+            start = w * x if start is None else torch.add(start, x, alpha=w)
+    return start
 
 
 def diagonal(x):

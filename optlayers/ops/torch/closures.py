@@ -73,7 +73,7 @@ def explicit(functions, examples):
 
     def call(function, *args):
         *args, others = args
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or (others and not any(x.requires_grad for x in others)):
             return function(*args)
         if [id(x) for x in others] == ids:  # the very tensors that function uses: there is nothing to replace
             output = function(*args)
@@ -94,15 +94,17 @@ def explicit(functions, examples):
 
 def _has_other_leaves(y, inputs):
     """Whether `y` is computed from tensors with gradients other than by way of `inputs`."""
-    edges = torch.autograd.graph.get_gradient_edge
-    nodes = [edges(y).node] if y.requires_grad else []
-    seen = {edges(x).node for x in inputs if x.requires_grad}
+    if y.grad_fn is None:
+        return y.requires_grad and not any(y is x for x in inputs)
+    leaves, nodes = {id(x) for x in inputs}, [y.grad_fn]
+    seen = {None, *(x.grad_fn for x in inputs)}
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
+        below = node.next_functions
+        if not below and hasattr(node, "variable") and id(node.variable) not in leaves:
             return True
-        nodes += [below for below, _ in node.next_functions]
+        nodes += [other for other, _ in below]
     return False

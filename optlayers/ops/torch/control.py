@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..numpy import cond, on_chosen, repeat, while_loop  # noqa: F401
-from .context import is_dual, is_known, outside, undifferentiated
+from .context import is_dual, is_known, is_transformed, outside, undifferentiated
 
 
 def bounded_repeat(count, limit, body, state):
@@ -34,7 +34,17 @@ def is_constant(x):
     return not (x.requires_grad or is_dual())
 
 
+def has_tape():
+    return torch.is_grad_enabled() and not is_dual()
+
+
+def holds(condition):
+    return is_known(condition) and bool(condition)
+
+
 def any_mapped(mask):
+    if not is_transformed():
+        return bool(torch.any(mask))
     return outside(lambda x: bool(torch.any(x)), mask)
 
 

@@ -7,11 +7,17 @@ A small operation takes NumPy a third of torch's time, and OpenBLAS half of MKL'
 
 from __future__ import annotations
 
+import contextvars
+import functools
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from .. import Leaf
+from .. import Leaf, numpy
 from ..numpy import *
 from . import arrays
 
@@ -26,6 +32,22 @@ def cholesky_solve(factor, rhs):
 
 def inverse_triangular(factor):
     return arrays.inverse_triangular(torch.from_numpy(factor)).numpy()
+
+
+def in_blocks(function, arrays, ndims, size):
+    return numpy.in_blocks(function, arrays, ndims, size, _run_in_threads, torch.get_num_threads())
+
+
+def _run_in_threads(work, parts):
+    """As `map`, on as many threads as torch may use; BLAS gets one for each, since matrices are small."""
+    contexts = (contextvars.copy_context() for _ in itertools.count())  # how numbers out of range are treated
+    with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return [*pool.map(lambda part, context: context.run(work, part), parts, contexts)]
+
+
+@functools.cache
+def _libraries():
+    return ThreadpoolController()
 
 
 def to_tensors(results, inputs: list[np.ndarray]) -> list[Tensor]:

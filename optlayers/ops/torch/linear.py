@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -135,6 +136,10 @@ class _Increment(torch.autograd.Function):
         # torch has disabled forward mode here, and would lose the tangents of an outer one in silence.
         with forward_ad._set_fwd_grad_enabled(True):
             return _inverted(tangent, ctx.solve, ctx.transposed, *ctx.saved_tensors)
+
+
+# torch asks at every call, which takes Python as long as the call.
+_Increment.forward.__signature__ = inspect.signature(_Increment.forward)
 
 
 def _inverted(r, solve, transposed, *frozen):
