@@ -34,6 +34,7 @@ extensions = [
     "docstrings",
     "gallery",
     "run_code",
+    "sphinx-mathjax-offline",  # the site shows its formulas without a network
 ]
 exclude_patterns = ["extensions"]
 nitpicky = True

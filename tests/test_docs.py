@@ -1,11 +1,19 @@
 """The documentation is built strictly, which runs the code of its pages; its links lead somewhere."""
 
-import importlib
+import ast
+import contextlib
+import functools
+import html
+import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import tomllib
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -15,6 +23,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "gallery" not in path.parts)
 LANGUAGES = {"python", "py", "none", "sh"}
+LOOK = Path(__file__).with_name("look.html")
 
 
 class Targets(HTMLParser):
@@ -47,7 +56,8 @@ def broken(pages):
 
 
 def test_site(tmp_path):
-    for package in ("sphinx", "furo", "myst_parser", "sphinx_design", "torch", "jax", "matplotlib"):
+    packages = "sphinx furo myst_parser sphinx_copybutton sphinx_design sphinx-mathjax-offline"
+    for package in [*packages.split(), "torch", "jax", "matplotlib", "optax"]:
         pytest.importorskip(package)
     options = ("-q", "-W", "--keep-going", "-D", "run_gallery=0")
     command = [sys.executable, "-m", "sphinx", *options, str(ROOT / "docs"), str(tmp_path)]
@@ -66,15 +76,47 @@ def test_site(tmp_path):
     if browser := shutil.which("chromium") or shutil.which("google-chrome"):
         found = search(browser, tmp_path, "CvxpyLayer")
         assert {f"reference/{name}.html#optlayers.{name}.CvxpyLayer" for name in ("torch", "jax")} <= found
+        assert faults(browser, tmp_path) == []
 
 
 def search(browser, site, word):
     """Where the search of the site, run in the browser, finds the word."""
-    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=15000", "--dump-dom")
-    address = f"{(site / 'search.html').as_uri()}?q={word}"
-    result = subprocess.run([browser, *options, address], capture_output=True, text=True, timeout=300)
-    _, _, results = result.stdout.partition('id="search-results"')
+    page = rendered(browser, f"{(site / 'search.html').as_uri()}?q={word}")
+    _, _, results = page.partition('id="search-results"')
     return set(re.findall(r'href="([^"]*)" data-score', results))
+
+
+def faults(browser, site):
+    """Formulas not set, pictures not shown and text too wide on the pages, as the browser shows them."""
+    pages = sorted(str(path.relative_to(site)) for path in site.rglob("*.html"))
+    script = LOOK.read_text(encoding="utf-8").replace("PAGES", json.dumps(pages))
+    (site / LOOK.name).write_text(script, encoding="utf-8")
+    with served(site) as address:
+        page = rendered(browser, f"{address}/{LOOK.name}")
+    (found,) = re.findall('<pre id="faults">(.*?)</pre>', page, re.S)
+    return json.loads(html.unescape(found))
+
+
+def rendered(browser, address):
+    """The page at the address after its scripts have run, in a browser that finds no other host."""
+    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=60000")
+    options += ("--window-size=1280,900", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+    result = subprocess.run([browser, *options, address], capture_output=True, text=True, timeout=300)
+    return result.stdout
+
+
+@contextlib.contextmanager
+def served(folder):
+    """The address of a server of the folder: between files, the browser lets no page look into another."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT / "docs")))
@@ -82,6 +124,25 @@ def test_code_is_run_unless_marked(page):
     fences = re.findall(r"^[ \t]*```[ \t]*([^\n]*)$", page.read_text(encoding="utf-8"), re.M)
     opened = fences[::2]
     assert all(language in LANGUAGES or language.startswith("{") for language in opened), opened
+
+
+def test_what_is_imported_can_be_installed():
+    """What pages, examples and tests import, a dependency or an extra names: it does not just come along."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
+    declared = {re.match(r"[\w-]+", requirement)[0] for requirement in wanted}
+    declared |= {project["name"], "docutils"}  # extensions of Sphinx are written in docutils
+    files = [path for folder in ("examples", "docs", "tests") for path in (ROOT / folder).rglob("*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in files]
+    for page in PAGES:
+        sources += re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    distributions = importlib.metadata.packages_distributions()
+    for name in {name.split(".")[0] for name in names}:
+        owners = {owner.lower().replace("_", "-") for owner in distributions.get(name, ())}
+        assert not owners or declared & owners, name
 
 
 @pytest.mark.filterwarnings("ignore")  # those of the other libraries
