@@ -11,7 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "extensions"), str(HERE.parent)]
-# Before JAX is imported: eight times faster to compile, which is what most of a page's time goes to.
+# Before JAX is imported: several times faster to compile, which is what most of a page's time goes to.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "

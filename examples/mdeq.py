@@ -204,8 +204,8 @@ class Network(nn.Module):
 # %% [markdown]
 # ## Training and judging
 #
-# The first steps unroll five applications of the cell. The others solve for the equilibrium to two per cent,
-# and differentiate three further applications of the cell there (Geng et al. 2021): cheaper than the exact
+# Four steps of five unroll five applications of the cell. The last ones solve for the equilibrium to two per
+# cent, and differentiate five further applications of the cell there (Geng et al. 2021): cheaper than the exact
 # derivative, and close to it where the cell contracts. Most pixels are background, and each counts for less.
 
 
