@@ -205,8 +205,8 @@ class Network(nn.Module):
 # ## Training and judging
 #
 # Four steps of five unroll five applications of the cell. The last ones solve for the equilibrium to two per
-# cent, and differentiate five further applications of the cell there (Geng et al. 2021): cheaper than the exact
-# derivative, and close to it where the cell contracts. Most pixels are background, and each counts for less.
+# cent, and differentiate five more applications there (Geng et al. 2021), cheaper than the exact derivative
+# and close to it where the cell contracts. Most pixels are background, and each counts for less.
 
 
 # %%
