@@ -54,10 +54,8 @@ def _terms(positions: np.ndarray, cols: np.ndarray, coefs: np.ndarray, size: int
     layers_of_cols, layers_of_coefs = np.full((count, size), cols[0]), np.zeros((count, size))
     # A term that is alone is split over the layers, so that all of (Q + Q') / 2 is halved.
     alone = np.bincount(positions, minlength=size)[positions] == 1
-    layers_of_cols[:, positions[alone]], layers_of_coefs[:, positions[alone]] = (
-        cols[alone],
-        coefs[alone] / count,
-    )
+    layers_of_cols[:, positions[alone]] = cols[alone]
+    layers_of_coefs[:, positions[alone]] = coefs[alone] / count
     layer, positions, cols, coefs = (x[~alone] for x in (layer, positions, cols, coefs))
     layers_of_cols[layer, positions], layers_of_coefs[layer, positions] = cols, coefs
     return tuple(

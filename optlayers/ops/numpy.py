@@ -129,7 +129,7 @@ def on_chosen(rows, batch, function, data, ndims, state, put_rows):
     return tree_map(lambda old, new: put_rows(old, rows, new) if len(old) == batch else new, state, result)
 
 
-# Of the largest array: what the caches of a core can hold.
+# Of the largest array. With 0.5 or 4 MiB dense problems of 100 variables take 10 % longer.
 BLOCK_BYTES = 2**21
 
 
@@ -137,7 +137,7 @@ def in_blocks(function, arrays, ndims, size, run=map, threads=1):
     is_batched = [x.ndim > own for x, own in zip(arrays, ndims, strict=False)]
     batch = max([len(x) for x, batched in zip(arrays, is_batched, strict=True) if batched], default=1)
     has_matrices = np.any([batched and own > 1 for batched, own in zip(is_batched, ndims, strict=False)])
-    rows = max(BLOCK_BYTES // (size * arrays[0].itemsize), 1)
+    rows = max(BLOCK_BYTES // max(size * arrays[0].itemsize, 1), 1)  # without variables, size is 0
     if not has_matrices:  # every block repeats the work on those that it shares
         rows = max(rows, 4 * math.isqrt(size))
     if batch <= rows:

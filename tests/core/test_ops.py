@@ -1020,6 +1020,11 @@ def test_in_blocks(ops, framework, host, rng, monkeypatch, block_bytes):
         assert seam is ops or max(sizes) <= max(block_bytes // 32, 1)
 
 
+def test_in_blocks_of_problems_without_variables(host):
+    (same,) = host.in_blocks(lambda M: [M], [np.ones((7, 0, 0))], (2,), 0)
+    assert same.shape == (7, 0, 0)
+
+
 # The seam for leaves on the host
 
 
