@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..cones import Cones
 from ..implicit import attach
 from ..linalg.kkt import Factor, Problem, factorize_at, matvec, solve_refined
-from ..linalg.rows import Linearization, project
+from ..linalg.rows import Linearization
 from ..ops import Array, Leaf, Ops, select
 from ..solvers.refinement import smallest_regularization
 from ..status import is_usable
@@ -200,11 +200,8 @@ def _lagrangian_gradients(
 
     L = 1/2 x'Px + q'x + y'(Ax - b) + (the least s'y over the set of s).
     """
-    x, v, D, E, c, *_, status = ops.leaf(solve, (*data, *start))[:9]
-    k = data.l.shape[-1]
-    bounds = tuple(E[:, :k] * (z[None] if z.ndim == 1 else z) for z in data.bounds)
-    x, y = D * x, (project(ops, solve.cones, bounds, v) - v) * E / c
+    x, _, y, _, status = ops.leaf(solve, (*data, *start))[:5]
     outer = lambda a, b: a[:, :, None] * b[:, None, :]
-    head = y[:, :k]
+    head = y[:, : data.l.shape[-1]]
     gradients = outer(x, x) / 2, x, outer(y, x), -y, ops.maximum(head, 0.0), ops.minimum(head, 0.0)
     return is_usable(status)[:, None], gradients

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..cones import Cones
@@ -59,7 +60,9 @@ class ConicSolution(NamedTuple):
 
 @dataclass(frozen=True)
 class ConicSolve:
-    """The solver as an opaque leaf: (P, q, A, b, l, u) and perhaps (x, s, y) to the root and its factor.
+    """The solver as an opaque leaf: (P, q, A, b, l, u) and perhaps (x, s, y) to the solution.
+
+    It returns x, s, y; residual, status, iterations; whether x and y are unique; the rest is for `_derive`.
 
     Args:
         cones: the curved cones, in the last rows.
@@ -86,10 +89,11 @@ class ConicSolve:
     def output_shapes(self, inputs):
         batch = max((s[0] for s, k in zip(inputs, self.input_ndims, strict=False) if len(s) > k), default=1)
         (m, n), k = inputs[2][-2:], inputs[4][-1]
-        floats = [(n,), (m,), (n,), (m,), (1,), (n, n), (1,), ()]
+        floats = lambda *own: [((batch, *shape), "float") for shape in own]
         return (
-            [((batch, *shape), "float") for shape in floats]
+            floats((n,), (m,), (m,), ())
             + [((batch,), "int")] * 4
+            + floats((n,), (m,), (n,), (m,), (1,), (n, n), (1,))
             + shapes(self.cones, batch, k)
         )
 
@@ -97,7 +101,7 @@ class ConicSolve:
         n = inputs[1].shape[-1]
         outputs = ops.in_blocks(lambda *part: self._solve(ops, *part), inputs, self.input_ndims, n * n)
         if self.check:
-            residual, status = outputs[7:9]
+            residual, status = outputs[3:5]
             ops.on_host(check, status, residual)
         return outputs
 
@@ -135,9 +139,12 @@ class ConicSolve:
         best, status, iterations = conclude(ops, progress, self.eps)
         factor, regularity = prepare(ops, self.cones, problem, best.v, self._final_factor(ops, problem, best))
         factor = _repair(ops, factor, ~is_usable(status))
-        parts = (ops.broadcast_to(part, (batch, part.shape[-1])) for part in scaling)
-        floats = [best.x, best.v, *parts, factor.cholesky, factor.e, best.residual]
-        return [*floats, status, iterations, *map(ops.to_int, regularity), *flatten(factor.linearization)]
+        D, E, c = (ops.broadcast_to(part, (batch, part.shape[-1])) for part in scaling)
+        s = project_linearized(ops, self.cones, problem.bounds, factor.linearization, best.v, 1)
+        solution = D * best.x, s / E, (s - best.v) * E / c
+        facts = best.residual, status, iterations, *map(ops.to_int, regularity)
+        root = best.x, best.v, D, E, c, factor.cholesky, factor.e, *flatten(factor.linearization)
+        return [*solution, *facts, *root]
 
     def _final_factor(self, ops: Ops, problem: Problem, best: Point) -> Factor:
         """J at the final point. On polyhedral cones D is constant around it: refinement's factor is that."""
@@ -249,15 +256,20 @@ def _with_free_row(ops: Ops, data: Problem, warm: Sequence[Array]) -> tuple[Prob
 
 
 def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[Array]) -> ConicSolution:
-    cones, n, order = layer.solve.cones, data.q.shape[-1], layer.order
-    x, v, D, E, c, cholesky, e, error, status, iterations, x_unique, y_unique, *flat = ops.leaf(
-        layer.solve, (*data, *warm)
-    )
-    P, q, A, b, l, u = _without(ops, status == Status.NON_FINITE.code, data)
+    x, s, y, error, status, iterations, *system = ops.leaf(layer.solve, (*data, *warm))
+    x, s, y = ops.deferred(partial(_derived, ops, layer), layer.order, (x, s, y), data, (status, *system))
+    return ConicSolution(x, s, y, status, iterations, error, Regularity(*(k > 0 for k in system[:2])))
+
+
+def _derived(
+    ops: Ops, layer: ConicLayer, order: int, data: Sequence[Array], constants: Sequence[Array]
+) -> tuple[Array, Array, Array]:
+    """x, s and y with derivatives in the data up to `order`."""
+    status, x_unique, y_unique, x, v, D, E, c, cholesky, e, *flat = constants
+    P, q, A, b, l, u = _without(ops, status == Status.NON_FINITE.code, Problem(*data))
+    n, cones, derived = q.shape[-1], layer.solve.cones, layer.is_derived(status)[:, None]
+    singular = is_usable(status) & (x_unique * y_unique == 0)
     linearization = unflatten(cones, flat)
-    derived = layer.is_derived(status)[:, None]
-    regularity = Regularity(x_unique > 0, y_unique > 0)
-    singular = is_usable(status) & ~(regularity.x & regularity.y)
     q, b, l, u = (z[None] if z.ndim == 1 else z for z in (q, b, l, u))
     bounds = tuple(E[:, : bound.shape[-1]] * bound for bound in (l, u))
 
@@ -281,8 +293,7 @@ def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[A
         F = ops.concat([F1, E * (matvec(A, x) + s - b)], -1)
         return ops.where(derived, F, 0.0)
 
-    z = attach(ops, residual, inverse, ops.concat([x, v], -1), order)
-    return ConicSolution(*unscale(z), status, iterations, error, regularity)
+    return unscale(attach(ops, residual, inverse, ops.concat([x, v], -1), order))
 
 
 GRADIENTS = {"exact": None, "smoothed": Smoothed(), "lpgd": LPGD()}

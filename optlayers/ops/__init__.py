@@ -247,6 +247,21 @@ class Ops(Protocol):
         """Outputs of `solve` on detached inputs, opaque to every transformation of the framework."""
         ...
 
+    def deferred(
+        self,
+        function: Callable,
+        order: int,
+        values: Sequence[Array],
+        inputs: Sequence[Array],
+        constants: Sequence[Array],
+    ) -> Sequence[Array]:
+        """`function(order, inputs, constants)`, known to be `values`, with derivatives in the inputs.
+
+        These are right up to `order`. Where torch records for its backward pass, the function is called
+        there, with order 1 if the result is not to be differentiated further.
+        """
+        ...
+
     def guard(self, x: Array, order: int, message: str) -> Array:
         """`x` itself; its derivatives beyond `order` raise NotImplementedError with `message`."""
         ...

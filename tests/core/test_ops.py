@@ -1099,6 +1099,57 @@ def test_increment_of_any_order(ops, framework, modes):
     assert_close(derivative, 3 * CUBE_DERIVATIVES[len(modes)](x))
 
 
+# Functions that are called for their derivatives only
+
+
+def power(ops, calls=None):
+    """x * c(x) for the constant c = 3 and the input c(x) = 2 x, with derivatives up to an order: 6 x^2."""
+
+    def function(order, inputs, constants):
+        if calls is not None:
+            calls.append(order)
+        x, double = inputs
+        (three,) = constants
+        return [ops.guard(three * x * double, order, MESSAGE)]
+
+    def call(order, x):
+        double = 2 * x
+        value = ops.stop_gradient(3 * x * double)
+        return ops.deferred(function, order, [value], [x, double], [3.0 + 0 * ops.stop_gradient(x)])[0]
+
+    return call
+
+
+@pytest.mark.parametrize("modes", SEQUENCES, ids="-".join)
+def test_deferred(ops, framework, rng, modes):
+    x, n, call = rng.normal(size=(2,)), len(modes), power(ops)
+    derivative = lambda order: differentiate(framework, partial(call, order), modes)
+    expected = [6 * x**2, 12 * x, np.full(2, 12.0), np.zeros(2)][n]
+    assert_close(framework.fast(derivative(n))(framework.array(x)), expected)
+    with pytest.raises(NotImplementedError, match=MESSAGE):
+        derivative(n - 1)(framework.array(x))
+
+
+def test_deferred_is_called_in_the_backward_pass_of_torch(torch):
+    from optlayers.ops import torch as ops
+
+    calls = []
+    x = torch.tensor([0.5, -1.5], dtype=torch.float64, requires_grad=True)
+    y = power(ops, calls)(2, x)
+    assert_close(y, 6 * x.detach().numpy() ** 2)
+    assert not calls
+    (first,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert_close(first, 12 * x.detach().numpy())
+    assert calls == [1]  # the second chord step of a layer would be in vain
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert_close(second, [12.0, 12.0])
+    assert calls == [1, 2]
+    with torch.no_grad():
+        assert not power(ops, calls)(2, x).requires_grad
+    assert len(calls) == 2
+
+
 # Guards
 
 

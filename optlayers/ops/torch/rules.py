@@ -9,20 +9,24 @@ import torch
 from .context import is_dual, run_while_compiling
 
 
+def _pull_back(outputs, cotangents, inputs, **options):
+    """Cotangents of the inputs, None where there is nothing to add to."""
+    pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
+    live = [x for x in inputs if x.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    differentiable, weights = zip(*pairs, strict=True)
+    bars = iter(torch.autograd.grad(differentiable, live, weights, allow_unused=True, **options))
+    return [next(bars) if x.requires_grad else None for x in inputs]
+
+
 def vjp(function, x, live):
-    wanted = [i for i, y in enumerate(live) if y.requires_grad]
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         outputs = function(x, live)
 
     def pull(cotangents):
-        pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
-        sources = [x, *[live[i] for i in wanted]]
-        differentiable, weights = zip(*pairs, strict=True)
-        x_bar, *rest = torch.autograd.grad(differentiable, sources, weights, allow_unused=True)
-        bars = [None] * len(live)
-        for i, bar in zip(wanted, rest, strict=True):
-            bars[i] = bar
+        x_bar, *bars = _pull_back(outputs, cotangents, [x, *live])
         return x_bar, bars
 
     return outputs, pull
@@ -49,6 +53,40 @@ class _Replayed(torch.autograd.Function):
 
 def replayed(values, replay, sweep, inputs):
     return replay(inputs) if is_dual() else _Replayed.apply(values, sweep, *inputs)
+
+
+class _Deferred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, order, values, count, *arrays):
+        ctx.function, ctx.order, ctx.count = function, order, count
+        ctx.save_for_backward(*arrays)
+        ctx.set_materialize_grads(False)
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        arrays = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
+        inputs, constants = arrays[: ctx.count], arrays[ctx.count :]
+        needed, again = ctx.needs_input_grad[4:], torch.is_grad_enabled()
+        # New tensors: an input may be computed from another one, whose part would be counted twice.
+        inputs = [
+            x.view_as(x) if again else x.detach().requires_grad_(need)
+            for x, need in zip(inputs, needed, strict=False)
+        ]
+        with torch.enable_grad():
+            outputs = ctx.function(ctx.order if again else 1, inputs, constants)
+        bars = _pull_back(outputs, cotangents, inputs, create_graph=again)
+        return None, None, None, None, *bars, *[None] * len(constants)
+
+
+# torch asks at every call.
+_Deferred.forward.__signature__ = inspect.signature(_Deferred.forward)
+
+
+def deferred(function, order, values, inputs, constants):
+    if is_dual() or torch.compiler.is_compiling():
+        return function(order, inputs, constants)
+    return _Deferred.apply(function, order, values, len(inputs), *inputs, *constants)
 
 
 class _Zero(torch.autograd.Function):
