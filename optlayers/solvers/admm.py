@@ -39,6 +39,7 @@ class _Factor(NamedTuple):
 class _AdmmState(NamedTuple):
     x: Array  # (B, n)
     w: Array  # (B, m)
+    s: Array  # Pi_K(w)
     rho: Array  # (B, 1)
     factor: _Factor
     dx: Array  # last increments, from which infeasibility is certified
@@ -79,7 +80,7 @@ class ADMM:
         # v = s - y and w = s - y / R: the same point seen with another weight on the multipliers.
         s = project(ops, cones, problem.bounds, v)
         w = s - (s - v) / self._penalties(ops, problem, rho)
-        return _AdmmState(x, w, rho, self._factorize(ops, cones, problem, rho), 0 * x, 0 * v)
+        return _AdmmState(x, w, s, rho, self._factorize(ops, cones, problem, rho), 0 * x, 0 * v)
 
     def step(self, ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> _AdmmState:
         """`check_every` iterations, after adapting the penalty."""
@@ -92,19 +93,18 @@ class ADMM:
         response = lambda r: matvec_symmetric(*UUt, r) if UUt else matvec(U, inverse * matvec(U.mT, r))
 
         def iterate(carry):
-            w, _ = carry
-            s = project(ops, cones, problem.bounds, w)
+            w, s, _ = carry
             force = R * (problem.b - 2 * s + w)
-            return w + self.alpha * (problem.b - moved - response(force) - s), force
+            w = w + self.alpha * (problem.b - moved - response(force) - s)
+            return w, project(ops, cones, problem.bounds, w), force
 
-        w, force = ops.repeat(self.check_every, iterate, (state.w, state.w))
+        w, s, force = ops.repeat(self.check_every, iterate, (state.w, state.s, state.w))
         x = matvec(V, center + inverse * matvec(U.mT, force))
-        y, y_old = (R * (project(ops, cones, problem.bounds, w) - w) for w in (w, state.w))
-        return state._replace(x=x, w=w, dx=x - state.x, dy=y - y_old)
+        dy = R * (s - w) - R * (state.s - state.w)
+        return state._replace(x=x, w=w, s=s, dx=x - state.x, dy=dy)
 
     def point(self, ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> tuple[Array, Array]:
-        s = project(ops, cones, problem.bounds, state.w)
-        return state.x, s - self._penalties(ops, problem, state.rho) * (s - state.w)
+        return state.x, state.s - self._penalties(ops, problem, state.rho) * (state.s - state.w)
 
     def direction(self, state: _AdmmState) -> Direction:
         return Direction(state.dx, state.dy)
@@ -116,8 +116,7 @@ class ADMM:
 
     def _adapt(self, ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> _AdmmState:
         """Balance the relative residuals (Stellato et al. 2020, section 5.2)."""
-        s = project(ops, cones, problem.bounds, state.w)
-        y = self._penalties(ops, problem, state.rho) * (s - state.w)
+        s, y = state.s, self._penalties(ops, problem, state.rho) * (state.s - state.w)
         Ax, Aty = matvec(problem.A, state.x), matvec(problem.A.mT, y)
         Px = matvec_symmetric(problem.P, state.x)
         largest = lambda *arrays: sum_of_norms(ops, arrays)
@@ -129,7 +128,7 @@ class ADMM:
         started = ops.any(state.dx != 0, -1)[:, None]
         change = started & ((ratio > 3) | (ratio < 1 / 3)) & ops.isfinite(ratio)
         rho = ops.where(change, ops.minimum(ops.maximum(state.rho * ratio, 1e-6), 1e6), state.rho)
-        w = s - y / self._penalties(ops, problem, rho)
+        w = s - y / self._penalties(ops, problem, rho)  # of which s is the projection as well
         refactor = lambda rho: self._factorize(ops, cones, problem, rho)
         if self._is_shared(problem):
             return state._replace(rho=rho, w=w)

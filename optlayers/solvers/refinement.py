@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..cones import Cones
-from ..linalg.kkt import Factor, Problem, factorize, matvec, matvec_symmetric, norm, solve_refined
-from ..linalg.rows import project
+from ..linalg.kkt import Factor, Problem, factorize_at, matvec, matvec_symmetric, norm, solve_refined
+from ..linalg.rows import linearize, project_linearized
 from ..ops import Array, Ops, select
 from .scaling import Scaling
 
@@ -26,19 +26,21 @@ class Point(NamedTuple):
 
 
 def evaluate(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Array, v: Array):
-    """F at (x, v) and the larger of the two relative residuals in the units of the user's problem.
+    """F at (x, v), the larger of its two relative residuals in the units of the user's problem, D at v.
 
     The primal one is relative to the larger of b and A x, plus 1, or plus b where that is smaller and not
     zero: tiny data are as accurate as others. The dual one likewise, with q and A'y.
     """
-    s = project(ops, cones, problem.bounds, v)
+    linearization = linearize(ops, cones, problem.bounds, v)
+    s = project_linearized(ops, cones, problem.bounds, linearization, v, 1)  # without its roots once more
     Px = matvec_symmetric(problem.P, x)
     Aty, Ax = matvec(problem.A.mT, s - v), matvec(problem.A, x)
     F = Px + problem.q + Aty, Ax + s - problem.b
     dual_unit, primal_unit = 1 / (scaling.c * scaling.D), 1 / scaling.E
     dual = _relative(ops, F[0] * dual_unit, problem.q * dual_unit, Aty * dual_unit)
     primal = _relative(ops, F[1] * primal_unit, problem.b * primal_unit, Ax * primal_unit)
-    return F, ops.where(_is_resolved(ops, cones, problem, scaling, s), ops.maximum(dual, primal), ops.inf)
+    error = ops.where(_is_resolved(ops, cones, problem, scaling, s), ops.maximum(dual, primal), ops.inf)
+    return F, error, linearization
 
 
 def _relative(ops: Ops, residual: Array, data: Array, term: Array) -> Array:
@@ -84,31 +86,31 @@ def refine(
     needs_step = lambda best: active & (best.residual > target)
 
     def step(data, state):
-        best, needed, (x, v), (F, error) = state
+        best, needed, (x, v), (F, error, linearization) = state
         problem, scaling = Problem(*data[:6]), Scaling(*data[6:])
         # Between bounds F is linear: a step on the right active set is exact but for the regularisation. On
         # curved cones a step from far away with little of it goes astray.
         e = ops.maximum(0.01 * error, floor) if cones.rows else ops.full(error.shape, floor, error)
-        factor = factorize(ops, cones, problem, v, ops.minimum(e, 0.01)[:, None])
+        factor = factorize_at(ops, cones, problem, linearization, ops.minimum(e, 0.01)[:, None])
         dx, dv = solve_refined(ops, cones, problem.P, problem.A, factor, F)
         x, v = x + dx, v + dv
-        F, error = evaluate(ops, cones, problem, scaling, x, v)
+        F, error, linearization = evaluate(ops, cones, problem, scaling, x, v)
         # A problem that has reached the target stays as it is, whatever the rest of the batch still needs.
         better = needed & (error < best.residual)
         best = select(ops, better, Point(x, v, error, factor), best)
-        return best, needed & (best.residual > target), (x, v), (F, error)
+        return best, needed & (best.residual > target), (x, v), (F, error, linearization)
 
     def body(carry):
         k, state = carry
         data = *problem, *scaling
         return k + 1, ops.on_rows(state[1], step, data, (*Problem.ndims, *Scaling.ndims), state)
 
-    F, error = evaluate(ops, cones, problem, scaling, *start)
+    F, error, linearization = evaluate(ops, cones, problem, scaling, *start)
     # The factor kept is none of this point; e = 1 says so, where it counts (`linalg.sensitivity.prepare`).
     better = needs_step(best) & (error < best.residual)
     kept = best.factor._replace(e=ops.where(better[:, None], 1.0, best.factor.e))
     x, v, residual = select(ops, better, (*start, error), best[:3])
     best = Point(x, v, residual, kept)
-    state = best, needs_step(best), start, (F, error)
+    state = best, needs_step(best), start, (F, error, linearization)
     unfinished = lambda carry: (carry[0] < steps) & ops.any(carry[1][1])
     return ops.while_loop(unfinished, body, (0, state))[1][0]

@@ -226,12 +226,11 @@ class _LaneSolve(NamedTuple):
         factor: Any = None
         x, v = start
         for count in range(steps + 1):
-            F, error = evaluate(HOST, settings.cones, self.problem, self.unscaled, x, v)
+            F, error, linearization = evaluate(HOST, settings.cones, self.problem, self.unscaled, x, v)
             if error[0] < best.residual[0]:
                 best = Point(x, v, error, factor)
             if best.residual[0] <= target or count == steps or not np.isfinite(error[0]):
                 return best, count
-            linearization = self.linearize(v)
             e = min(max(0.01 * error[0], REGULARIZATION), 0.01)
             # Where the active rows stay, so does the matrix.
             if factor is None or factor.e > e or not _same(factor.linearization, linearization):
