@@ -53,11 +53,22 @@ def allocate(layer, weights, features):
     return layer(features @ W + b, cap)[0]
 
 
+# %% [markdown]
+# The batches and the answers of a hidden model are made once, and so is the step: what JAX has traced does
+# not depend on the devices.
+
+
 # %%
-def train(layer, steps, devices):
-    """The loss of each step, with every batch laid over the first `devices` devices."""
-    mesh = Mesh(jax.devices()[:devices], ("batch",))
-    over_batch, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
+def make_batches(layer, steps):
+    """Features and targets (steps, BATCH, ...)."""
+    keys = jax.random.split(jax.random.key(0), steps)
+    features = jax.vmap(lambda key: jax.random.normal(key, (BATCH, FEATURES)))(keys)
+    targets = jax.jit(lambda features: allocate(layer, initial_weights(1), features))(features)
+    return features, targets
+
+
+def make_step(layer):
+    """A step of gradient descent with momentum: loss, new weights and new momentum."""
 
     def loss(weights, features, targets):
         return ((allocate(layer, weights, features) - targets) ** 2).sum(-1).mean()
@@ -68,12 +79,17 @@ def train(layer, steps, devices):
         momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, gradient)
         return value, jax.tree.map(lambda w, m: w - m, weights, momentum), momentum
 
-    answer = jax.jit(lambda features: allocate(layer, initial_weights(1), features))
+    return step
+
+
+def train(step, batches, devices):
+    """The loss of each step, with every batch laid over the first `devices` devices."""
+    mesh = Mesh(jax.devices()[:devices], ("batch",))
+    over_batch, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
     weights = jax.device_put(initial_weights(2), everywhere)
     momentum, losses = jax.tree.map(jnp.zeros_like, weights), []
-    for key in tqdm(jax.random.split(jax.random.key(0), steps)):
-        features = jax.device_put(jax.random.normal(key, (BATCH, FEATURES)), over_batch)
-        value, weights, momentum = step(weights, momentum, features, answer(features))
+    for batch in tqdm(zip(*batches, strict=True), total=len(batches[0])):
+        value, weights, momentum = step(weights, momentum, *jax.device_put(batch, over_batch))
         losses.append(float(value))
     return losses
 
@@ -102,8 +118,9 @@ def report(runs, output):
 
 def main(devices, steps, output):
     layer = allocation_layer()
+    step, batches = make_step(layer), make_batches(layer, steps)
     report(
-        [(f"{n} device" + "s" * (n > 1), *timed(train, layer, steps, n)) for n in (1, devices)],
+        [(f"{n} device" + "s" * (n > 1), *timed(train, step, batches, n)) for n in (1, devices)],
         output,
     )
 

@@ -21,6 +21,7 @@ TORCH = (
     "neural_cde",
 )
 EXAMPLES += [(name, "torch") for name in TORCH]
+SLOW = "sudoku", "latent_ode"  # more than half a minute
 
 
 def run(script, *options, launcher=()):
@@ -149,8 +150,10 @@ def test_every_example_is_run():
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == tested
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script, framework", EXAMPLES)
+@pytest.mark.parametrize(
+    "script, framework",
+    [pytest.param(*pair, marks=pytest.mark.slow if pair[0] in SLOW else ()) for pair in EXAMPLES],
+)
 def test_example(script, framework, tmp_path):
     for package in (framework, "matplotlib", "mlxtend", "sklearn", "tqdm"):
         pytest.importorskip(package)
@@ -161,7 +164,6 @@ def test_example(script, framework, tmp_path):
     CHECKS[script](output)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("framework", LAUNCHERS)
 def test_losses_do_not_depend_on_the_number_of_devices(framework, tmp_path):
     for package in (framework, "matplotlib", "tqdm"):
