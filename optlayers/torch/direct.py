@@ -40,8 +40,8 @@ def solve_qp(
         >>> q = torch.tensor([-3.0, 0.5], requires_grad=True)
         >>> solution = solve_qp(torch.eye(2), q, torch.eye(2), -torch.ones(2), torch.ones(2))
         >>> solution.x.sum().backward()
-        >>> q.grad.round().tolist()
-        [0.0, -1.0]
+        >>> q.grad.round().int().tolist()
+        [0, -1]
     """
     if sparse.is_sparse(P) or sparse.is_sparse(A):
         options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
