@@ -90,7 +90,6 @@ def run(
     A finished sample keeps its value however long the others take.
     """
     accept = max(tol, 8 * ops.eps(z))
-    index = ops.constant(np.arange(max_iter)[None], z)
 
     def judge(running, z, g, fz, best, status):
         # The maximum is for solutions z = 0, near which no step makes a relative residual small.
@@ -103,18 +102,20 @@ def run(
         return residual, nearest, ops.where(running, outcome, status)
 
     def body(carry):
-        k, z, g, best, status, iterations, history, trajectory, state = carry
+        k, z, g, best, status, iterations, last, history, trajectory, state = carry
         running = status == RUNNING
         z, state = solver.step(ops, problem, k, z, g, state, running)
         fz = problem.value(z)
         g = fz - z
         residual, best, status = judge(running, z, g, fz, best, status)
-        history = ops.where((index >= k) & running[:, None], residual[:, None], history)
+        last = ops.where(running, residual, last)
+        history = ops.put(history, k, last)
         trajectory = tuple(
             ops.cond(k < steps, lambda new, _: new, lambda _, old: old, best[0], old)
             for steps, old in zip(record, trajectory, strict=True)
         )
-        return k + 1, z, g, best, status, iterations + ops.to_int(running), history, trajectory, state
+        iterations = iterations + ops.to_int(running)
+        return k + 1, z, g, best, status, iterations, last, history, trajectory, state
 
     def unfinished(carry):
         return (carry[0] < max_iter) & ops.any_mapped(carry[4] == RUNNING)
@@ -125,11 +126,14 @@ def run(
     g = fz - z
     status = ops.to_int(zero) + RUNNING
     residual, best, status = judge(status == RUNNING, z, g, fz, nothing, status)
-    history = ops.broadcast_to(residual[:, None], (z.shape[0], max_iter)) + 0 * zero[:, None]
+    last = residual + 0 * zero
+    history = ops.broadcast_to(last[None], (max_iter, z.shape[0])) + 0 * zero[None]
     trajectory = tuple(best[0] for _ in record)
-    carry = (0, z, g, best, status, ops.to_int(zero), history, trajectory, solver.init(ops, z, g))
+    carry = (0, z, g, best, status, ops.to_int(zero), last, history, trajectory, solver.init(ops, z, g))
     carry = ops.while_loop(unfinished, body, carry)
-    _, _, _, best, status, iterations, history, trajectory, state = carry
+    k, _, _, best, status, iterations, last, history, trajectory, state = carry
+    is_later = ops.constant(np.arange(max_iter)[:, None], z) >= k
+    history = ops.where(is_later, last[None], history).mT
     status = ops.where(status == RUNNING, Status.ITERATION_LIMIT.code, status)
     return Solution(best[0], status, iterations, best[1], history, trajectory, state)
 
@@ -150,7 +154,7 @@ class Picard:
         return ()
 
     def step(self, ops, problem, k, z, g, state, running):
-        return z + self.damping * g, state
+        return z + (g if self.damping == 1 else self.damping * g), state
 
 
 class _AndersonState(NamedTuple):
