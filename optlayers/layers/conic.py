@@ -62,7 +62,7 @@ class ConicSolution(NamedTuple):
 class ConicSolve:
     """The solver as an opaque leaf: (P, q, A, b, l, u) and perhaps (x, s, y) to the solution.
 
-    It returns x, s, y; residual, status, iterations; whether x and y are unique; the rest is for `_derive`.
+    It returns x, s, y; residual, status, iterations; whether x and y are unique; the rest is for `_derived`.
 
     Args:
         cones: the curved cones, in the last rows.
