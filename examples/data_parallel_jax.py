@@ -54,8 +54,8 @@ def allocate(layer, weights, features):
 
 
 # %% [markdown]
-# The batches and the answers of a hidden model are made once, and so is the step: what JAX has traced does
-# not depend on the devices.
+# The batches and the answers of a hidden model are made once, and so is the step, which JAX traces for each
+# mesh.
 
 
 # %%
