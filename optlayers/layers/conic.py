@@ -141,7 +141,7 @@ class ConicSolve:
         factor = _repair(ops, factor, ~is_usable(status))
         D, E, c = (ops.broadcast_to(part, (batch, part.shape[-1])) for part in scaling)
         s = project_linearized(ops, self.cones, problem.bounds, factor.linearization, best.v, 1)
-        solution = D * best.x, s / E, (s - best.v) * E / c
+        solution = scaling.restore(best.x, s, s - best.v)
         facts = best.residual, status, iterations, *map(ops.to_int, regularity)
         root = best.x, best.v, D, E, c, factor.cholesky, factor.e, *flatten(factor.linearization)
         return [*solution, *facts, *root]
@@ -285,7 +285,7 @@ def _derived(
     def unscale(z):
         v = z[:, n:]
         s = project_linearized(ops, cones, bounds, linearization, v, order)
-        return D * z[:, :n], s / E, (s - v) * E / c
+        return Scaling(D, E, c).restore(z[:, :n], s, s - v)
 
     def residual(z):
         x, s, y = unscale(z)

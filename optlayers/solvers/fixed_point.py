@@ -154,7 +154,7 @@ class Picard:
         return ()
 
     def step(self, ops, problem, k, z, g, state, running):
-        return z + (g if self.damping == 1 else self.damping * g), state
+        return z + self.damping * g, state
 
 
 class _AndersonState(NamedTuple):

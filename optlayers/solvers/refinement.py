@@ -32,7 +32,8 @@ def evaluate(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Arra
     zero: tiny data are as accurate as others. The dual one likewise, with q and A'y.
     """
     linearization = linearize(ops, cones, problem.bounds, v)
-    s = project_linearized(ops, cones, problem.bounds, linearization, v, 1)  # without its roots once more
+    # As `project`, but with the roots and eigenvectors that were found just now.
+    s = project_linearized(ops, cones, problem.bounds, linearization, v, 1)
     Px = matvec_symmetric(problem.P, x)
     Aty, Ax = matvec(problem.A.mT, s - v), matvec(problem.A, x)
     F = Px + problem.q + Aty, Ax + s - problem.b

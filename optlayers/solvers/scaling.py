@@ -26,6 +26,10 @@ class Scaling(NamedTuple):
 
     ndims = 1, 1, 1  # without a batch axis
 
+    def restore(self, x: Array, s: Array, y: Array) -> tuple[Array, Array, Array]:
+        """A point of the scaled problem in the units of the given one."""
+        return self.D * x, s / self.E, y * self.E / self.c
+
 
 def equilibrate(
     ops: Ops, cones: Cones, problem: Problem, passes: int, linear: bool

@@ -1103,7 +1103,7 @@ def test_increment_of_any_order(ops, framework, modes):
 
 
 def power(ops, calls=None):
-    """x * c(x) for the constant c = 3 and the input c(x) = 2 x, with derivatives up to an order: 6 x^2."""
+    """6 x^2, as the product of the constant 3 and two inputs, x and, computed from it, 2 x."""
 
     def function(order, inputs, constants):
         if calls is not None:
