@@ -78,8 +78,7 @@ class Exact:
         tol = call.tol if self.tol is None else self.tol
         max_iter = 2 * call.max_iter if self.max_iter is None else self.max_iter
 
-        def solve(J, r):
-            A = lambda w: w - J(w)
+        def solve(A, r):
             # Of unit size, since squares of small cotangents would vanish in single precision.
             size = ops.amax(abs(r), -1, keepdims=True)
             size = ops.where(size > 0, size, 1.0)
@@ -106,8 +105,8 @@ class Neumann:
     terms: int = 5
 
     def __call__(self, ops, call, solution):
-        def solve(J, r):
-            return ops.repeat(self.terms - 1, lambda w: r + w - J(w), r)
+        def solve(A, r):
+            return ops.repeat(self.terms - 1, lambda w: r + A(w), r)
 
         return _attach(ops, call, solution, solve, 1)
 
@@ -183,10 +182,9 @@ def _masked(ops: MatrixFreeOps, call: Call, solution: Solution, x: Array) -> Arr
 
 
 def _attach(ops: MatrixFreeOps, call: Call, solution: Solution, solve: Callable, order: int) -> Array:
-    """The solution with the derivatives that `solve`, (J, r) to about J^-1 r, implies."""
-    F = lambda z: z - call.value(z)
+    """The solution with the derivatives that `solve`, (A, r) to about (I - A)^-1 r, implies."""
     # Masked on both sides: a failed sample's equations, which may have no solution, are never posed.
-    inverse = lambda r: _masked(ops, call, solution, ops.solve_increment(F, solution.z, solve, r))
+    inverse = lambda r: _masked(ops, call, solution, ops.solve_increment(call.value, solution.z, solve, r))
     return attach(ops, _residual(ops, call, solution), inverse, solution.z, order)
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..canon import canonicalize
 from ..canon.program import Output, Program
 from ..linalg.kkt import Problem
 from ..linalg.sensitivity import Regularity
@@ -188,6 +187,8 @@ class CvxpyProgram:
     def __init__(
         self, problem, parameters, variables, gp, canon_backend, solver_args, choices: Mapping[str, Any]
     ):
+        from ..canon.cvxpy import canonicalize  # not before: to import CVXPY takes seconds
+
         start = time.perf_counter()
         self.parameters, self.variables = tuple(parameters), tuple(variables)
         self.program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)

@@ -73,13 +73,14 @@ class FixedPoint:
         value, start, unflatten = flatten_map(ops, f, z0, args)
         start, tol = ops.stop_gradient(start), self._tolerance(ops, start)
         problem = Problem(ops.frozen(value, start), lambda z: ops.tangent_map(value, z))
-        solution = run(ops, self.solver, problem, start, tol, self.max_iter, tuple(self.record))
+        solution = run(ops, self.solver, problem, start, tol, self.max_iter, tuple(self.record), True)
         if self.on_failure == "raise":
             ops.on_host(check, solution.status, solution.residual)
         is_masked = self.on_failure == "mask"
         z = self.adjoint(ops, Call(value, self.solver, tol, self.max_iter, self.order, is_masked), solution)
-        if self.on_failure in ("raise", "nan"):
-            z = ops.where(is_usable(solution.status)[:, None], z, ops.nan)
+        usable = is_usable(solution.status)
+        if self.on_failure in ("raise", "nan") and not ops.holds(ops.all(usable)):
+            z = ops.where(usable[:, None], z, ops.nan)
         trajectory = tuple(unflatten(value(z)) for z in solution.trajectory)
         return unflatten(z), FixedPointInfo(*solution[1:5], trajectory)
 

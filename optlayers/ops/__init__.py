@@ -306,13 +306,14 @@ class MatrixFreeOps(Ops, Protocol):
         r: Array,
         *constants: Array,
     ) -> Array:
-        """Zero, whose derivative in r is the inverse of J = d function / dx at the detached `x`.
+        """Zero, whose derivative in r is a solution with J = d function / dx at the detached `x`.
 
         Neither J nor `solve` is differentiated; reverse mode solves with the transpose of J, and all modes
         nest to any order.
 
         Args:
-            solve: (J, r, *constants) to J^-1 r by any algorithm, for J or its transpose given as a function.
+            solve: (J, r, *constants) to a linear map of r such as (I - J)^-1 r, by any algorithm. J, given as
+                a function, or its transpose make the map or its transpose.
             constants: arrays that `solve` uses besides; it may close over no others.
         """
         ...

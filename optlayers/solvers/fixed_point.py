@@ -62,7 +62,8 @@ class Solution(NamedTuple):
         status: codes of `Status` (B,).
         iterations: steps taken (B,).
         residual: |f(z) - z| / max(|f(z)|, tol) (B,), infinite where no finite one was met.
-        history: residual after each step (B, max_iter); a finished sample repeats its last one.
+        history: residual after each step (B, max_iter); a finished sample repeats its last one. It is (B, 0)
+            where it was not to be recorded.
         trajectory: for each number of steps that was to be recorded, z after so many (B, k).
         state: of the solver.
     """
@@ -84,6 +85,7 @@ def run(
     tol: float,
     max_iter: int,
     record: tuple[int, ...] = (),
+    with_history: bool = False,
 ) -> Solution:
     """Iterate from `z` until each residual is at most `tol`, or is not finite, or `max_iter` is spent.
 
@@ -96,7 +98,9 @@ def run(
         residual = ops.norm(g) / ops.maximum(ops.norm(fz), accept)
         finite = ops.isfinite(residual)
         residual = ops.where(finite, residual, ops.inf)
-        nearest = select(ops, running & (residual < best[1]), (z, residual), best)
+        nearer, new = running & (residual < best[1]), (z, residual)
+        some = lambda new: select(ops, nearer, new, best)
+        nearest = ops.cond_or_both(~ops.all(nearer), some, lambda new: new, new)
         outcome = ops.where(residual <= accept, Status.SOLVED.code, RUNNING)
         outcome = ops.where(finite, outcome, Status.NON_FINITE.code)
         return residual, nearest, ops.where(running, outcome, status)
@@ -109,7 +113,7 @@ def run(
         g = fz - z
         residual, best, status = judge(running, z, g, fz, best, status)
         last = ops.where(running, residual, last)
-        history = ops.put(history, k, last)
+        history = ops.put(history, k, last) if with_history else history
         trajectory = tuple(
             ops.cond(k < steps, lambda new, _: new, lambda _, old: old, best[0], old)
             for steps, old in zip(record, trajectory, strict=True)
@@ -121,18 +125,20 @@ def run(
         return (carry[0] < max_iter) & ops.any_mapped(carry[4] == RUNNING)
 
     # Made of z and not of a constant: under a vectorising map the loop's state is mapped from the start.
-    zero = ops.sum(0 * ops.where(ops.isfinite(z), z, 0.0), 1)
+    first = z[:, :1]
+    zero = ops.sum(0 * ops.where(ops.isfinite(first), first, 0.0), 1)
     fz, nothing = problem.value(z), (z, zero + ops.inf)
     g = fz - z
     status = ops.to_int(zero) + RUNNING
     residual, best, status = judge(status == RUNNING, z, g, fz, nothing, status)
     last = residual + 0 * zero
-    history = ops.broadcast_to(last[None], (max_iter, z.shape[0])) + 0 * zero[None]
+    rows = max_iter if with_history else 0
+    history = ops.broadcast_to(last[None], (rows, z.shape[0])) + 0 * zero[None]
     trajectory = tuple(best[0] for _ in record)
     carry = (0, z, g, best, status, ops.to_int(zero), last, history, trajectory, solver.init(ops, z, g))
     carry = ops.while_loop(unfinished, body, carry)
     k, _, _, best, status, iterations, last, history, trajectory, state = carry
-    is_later = ops.constant(np.arange(max_iter)[:, None], z) >= k
+    is_later = ops.constant(np.arange(rows)[:, None], z) >= k
     history = ops.where(is_later, last[None], history).mT
     status = ops.where(status == RUNNING, Status.ITERATION_LIMIT.code, status)
     return Solution(best[0], status, iterations, best[1], history, trajectory, state)
@@ -154,7 +160,7 @@ class Picard:
         return ()
 
     def step(self, ops, problem, k, z, g, state, running):
-        return z + self.damping * g, state
+        return ops.weighted_sum([self.damping], [g], z), state
 
 
 class _AndersonState(NamedTuple):

@@ -106,13 +106,12 @@ class Stages:
             if is_dense:
                 inverse = dense_inverse(ops, F, z)
             else:
-                inverse = lambda r: ops.solve_increment(F, z, self._solve_linear(ops), r)
+                inverse = lambda r: ops.solve_increment(value, z, self._solve_linear(ops), r)
             z = attach(ops, F, inverse, z, self.order)
         return z, solution.iterations + 1
 
     def _solve_linear(self, ops):
-        def solve(J, r):
-            A = lambda w: w - J(w)
+        def solve(A, r):
             result = run(
                 ops, self.newton, Problem(lambda w: r + A(w), lambda w: A), r, self.tol, self.max_iter
             )

@@ -7,7 +7,8 @@ from cvxpy.constraints import FiniteSet
 from cvxpy.reductions.dcp2cone.cone_matrix_stuffing import ConeDims
 from cvxpy.transforms.partial_optimize import partial_optimize
 
-from optlayers.canon import canonicalize, reduction
+from optlayers.canon import reduction
+from optlayers.canon.cvxpy import canonicalize
 
 x = cp.Variable(3, name="x")
 y = cp.Variable(3, pos=True, name="y")

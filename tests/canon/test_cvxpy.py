@@ -11,7 +11,7 @@ import pytest
 import scipy.sparse as sp
 
 from canon import families
-from optlayers.canon import canonicalize
+from optlayers.canon.cvxpy import canonicalize
 
 ROOT = Path(__file__).parents[2]
 
@@ -211,7 +211,7 @@ def test_large_parameter_needs_memory_for_its_nonzeros_only():
 
 LARGE = """
 import cvxpy as cp
-from optlayers.canon import canonicalize
+from optlayers.canon.cvxpy import canonicalize
 n = 1000
 A, b, c, x = cp.Parameter((n, n)), cp.Parameter(n), cp.Parameter(n), cp.Variable(n)
 objective = cp.Minimize(cp.sum_squares(x) + c @ x + cp.norm(A @ x - b))

@@ -64,7 +64,7 @@ def numpy(x):
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_contraction(ops, rng, solver):
     A, b = contraction(rng, 0.7)
-    result = run(ops, solver, affine(ops, A, b), array(ops, 0 * b), 1e-12, 200)
+    result = run(ops, solver, affine(ops, A, b), array(ops, 0 * b), 1e-12, 200, (), True)
     assert (numpy(result.status) == SOLVED).all()
     assert_close(numpy(result.z), solve_directly(A, b), 1e-11)
     assert (numpy(result.residual) <= 1e-12).all()

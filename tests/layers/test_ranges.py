@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from checks import assert_close
-from optlayers.canon import canonicalize
+from optlayers.canon.cvxpy import canonicalize
 from optlayers.layers.ranges import ranges
 from optlayers.status import Status
 
