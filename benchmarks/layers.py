@@ -1,4 +1,4 @@
-"""Time and accuracy of differentiable layers on six workloads, side by side with other libraries.
+"""Time and accuracy of differentiable layers on eight workloads, side by side with other libraries.
 
     python benchmarks/layers.py [--workloads W1 ...] [--layers NAME ...] [--repeats 5] [--output FILE]
 
@@ -113,12 +113,13 @@ def moreau(problem, parameters, variable, values, weights):
 
     from optlayers.layers.assembly import assemble, splits
     from optlayers.layers.conic import ConicSolution
-    from optlayers.layers.cvxpy import read
+    from optlayers.layers.cvxpy import entries, read
     from optlayers.ops import torch as ops
     from optlayers.torch import CvxpyLayer
 
     program = CvxpyLayer(problem, parameters, [variable])._program
     made, cones = program.program, program.program.cones
+    flat, _ = entries(made)
     n, m, batch = made.n, made.m, len(values[0])
     # Cones in Moreau's order: those of the programs here are the same.
     # What it would choose for W3, its active-set method, takes 50 times as long there.
@@ -139,11 +140,9 @@ def moreau(problem, parameters, variable, values, weights):
     )  # fmt: skip
 
     def layer(*values):
-        flat = [value.reshape(batch, -1) for value in values]
-        P, q, A, b = assemble(ops, made, splits(made, (True,) * len(values)), flat, values[0])
-        entries = lambda M, where: M.reshape(*M.shape[:-2], -1)[..., torch.tensor(where)]
+        rows = [value.reshape(batch, -1) for value in values]
+        P, q, A, b = assemble(ops, flat, splits(flat, (True,) * len(values)), rows, values[0])
         q, b = (z.expand(batch, z.shape[-1]) for z in (q, b))
-        P, A = entries(P, P_where), entries(A, A_where)
         P = P.expand(batch, -1) if A.ndim > P.ndim else P
         x = solver.solve(P, A, q, b).x
         solution = ConicSolution(x, *[None] * 6)

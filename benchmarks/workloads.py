@@ -2,6 +2,7 @@
 
 import cvxpy as cp
 import numpy as np
+import scipy.sparse as sp
 
 
 def dense_qp(rng, batch, n=100, m=50):
@@ -61,6 +62,28 @@ def entropy(rng, batch, n=30, m=5):
     return problem, [c], x, [rng.standard_normal((batch, n))]
 
 
+def portfolio(rng, batch, n=5000, k=50):
+    """The portfolio of 5,000 assets with a covariance of 50 factors, half of the loadings zero."""
+    loadings = sp.random_array((n, k), density=0.5, rng=rng, data_sampler=rng.standard_normal)
+    variances = rng.uniform(0, k**0.5, n)
+    x, y, returns = cp.Variable(n), cp.Variable(k), cp.Parameter(n)
+    risk = cp.sum(cp.multiply(variances, cp.square(x))) + cp.sum_squares(y)
+    constraints = [y == loadings.T @ x, cp.sum(x) == 1, x >= 0]
+    problem = cp.Problem(cp.Minimize(risk / 2 - returns @ x), constraints)
+    return problem, [returns], x, [rng.standard_normal((batch, n))]
+
+
+def lasso(rng, batch, n=50, m=5000):
+    """min |A x - b|^2 + weight |x|_1, 50 features, 5,000 samples, 15 % of A not zero; b is the parameter."""
+    A = sp.random_array((m, n), density=0.15, rng=rng, data_sampler=rng.standard_normal).tocsr()
+    x, residual, b = cp.Variable(n), cp.Variable(m), cp.Parameter(m)
+    truth = rng.standard_normal((batch, n)) * (rng.random((batch, n)) < 0.5) / n**0.5
+    values = truth @ A.T + rng.standard_normal((batch, m))
+    weight = abs(values[0] @ A).max() / 5
+    objective = cp.sum_squares(residual) + weight * cp.norm1(x)
+    return cp.Problem(cp.Minimize(objective), [residual == A @ x - b]), [b], x, [values]
+
+
 WORKLOADS = {
     "W1": (dense_qp, (1, 32, 128)),
     "W2": (simplex, (1, 128, 1024)),
@@ -68,6 +91,8 @@ WORKLOADS = {
     "W4": (norm_fit, (1, 64)),
     "W5": (semidefinite, (32,)),
     "W6": (entropy, (64,)),
+    "W7": (portfolio, (1,)),
+    "W8": (lasso, (1,)),
 }
 
 

@@ -18,6 +18,7 @@ from ..layers.cvxpy import CvxpyProgram, Solution, faults, name
 from ..ops import jax as ops
 from ..status import SolveError
 from .checked import run_checked
+from .sparse import HOST
 
 
 @continues(CvxpyProgram)
@@ -109,7 +110,7 @@ class CvxpyLayer:
     @functools.cached_property
     def _compiled(self):
         def solve(layer: ConicLayer, values, warm, like) -> Solution:
-            return self._program.solve(ops, layer, values, warm, like)
+            return self._program.solve(ops, HOST, layer, values, warm, like)
 
         return jax.jit(solve, static_argnums=0)
 

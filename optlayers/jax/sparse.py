@@ -25,25 +25,25 @@ def is_sparse(matrix: Any) -> bool:
 
 
 def solve_qp(P, q, A, l, u, warm, **options) -> ConicSolution:
-    layer = sparse.sparse_layer(P, q, A, Cones(), check=False, **options)
+    layer = sparse.sparse_layer(P, q, A, Cones(), **options)
     matrices = _entries(P, q), _entries(A, q)
     return run_checked(_solve_box, layer, (matrices, (q, l, u)), warm, q)
 
 
 def solve_conic(P, q, A, b, cones, warm, **options) -> ConicSolution:
-    layer = sparse.sparse_layer(P, q, A, curved_part(cones), check=False, **options)
+    layer = sparse.sparse_layer(P, q, A, curved_part(cones), **options)
     matrices = _entries(P, q), _entries(A, q)
     return run_checked(functools.partial(_solve_cone, cones), layer, (matrices, (q, b)), warm, q)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _solve_box(layer, data, warm, like):
-    return sparse.solve_sparse_box(ops, _HOST, layer, *data, warm, like)
+    return sparse.solve_sparse_box(ops, HOST, layer, *data, warm, like)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _solve_cone(cones, layer, data, warm, like):
-    return sparse.solve_sparse_cone(ops, _HOST, layer, cones, *data, warm, like)
+    return sparse.solve_sparse_cone(ops, HOST, layer, cones, *data, warm, like)
 
 
 def _entries(matrix: Any, like: jax.Array) -> sparse.Entries:
@@ -89,4 +89,4 @@ class _Host:
         return lax.custom_linear_solve(lambda x: x, r, solve, symmetric=True)
 
 
-_HOST = _Host()
+HOST = _Host()

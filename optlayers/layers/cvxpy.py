@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,23 @@ from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restor
 from .direct import curved_part, polyhedral_bounds
 from .elimination import eliminate, elimination
 from .ranges import ranges
+from .sparse import Entries, HostCalls, SparseLayer, can_be_sparse
+from .sparse import layer_of_size as sparse_layer_of
+
+
+def _is_for_sparse(program: Program) -> bool:
+    """Whether sparse factorisations of single problems are faster than dense ones of the batch."""
+    n, m = program.n, program.m
+    count = len(program.P.positions) + len(program.A.positions)
+    return n + m >= SPARSE_FROM and count <= SPARSE_DENSITY * n * (n + m)
+
+
+def entries(program: Program) -> tuple[Program, list[tuple[Any, Any]]]:
+    """The program with P and A as vectors of their entries, and (rows, columns) of these."""
+    maps = program.P, program.A
+    flat = [replace(m, shape=m.positions.shape, positions=np.arange(len(m.positions))) for m in maps]
+    places = [np.divmod(m.positions, m.shape[1]) for m in maps]
+    return replace(program, P=flat[0], A=flat[1]), places
 
 
 def _is_convex(program: Program) -> bool:
@@ -96,6 +113,7 @@ def name(parameter: Any) -> str:
     return f"{parameter.name()} {tuple(parameter.shape)}"
 
 
+SPARSE_FROM, SPARSE_DENSITY = 1500, 0.02  # rows and columns, entries that are not zero
 LARGEST_FACTORED = 1000  # above it eigenvalues would take longer than a second
 SIGNS = {"nonneg": 1, "pos": 1, "nonpos": -1, "neg": -1}
 SIGN_TOLERANCE = 1e-10  # CVXPY's own
@@ -162,6 +180,10 @@ class Solution(NamedTuple):
 class CvxpyProgram:
     """The solution of a parametrised convex problem, as a function of its parameters.
 
+    From 1,500 variables and rows on, problems with few coefficients (2 % of the matrices) are solved and
+    differentiated on the host, one by one with sparse factorisations: by Clarabel, or by the host solver that
+    is asked for. `solver=ADMM()` and `InteriorPoint()` keep the batched dense way.
+
     Args:
         problem: a DPP problem, or a geometric program with `gp`.
         parameters: all its parameters; the layer takes their values in this order.
@@ -194,14 +216,22 @@ class CvxpyProgram:
         self.program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
         self.ranges = ranges(self.program)
         self.solved = self.program if self.ranges is None else self.ranges.program
-        self.elimination = elimination(self.solved)
+        self.pattern = None
+        if _is_for_sparse(self.solved) and can_be_sparse(choices["solver"], choices["gradient"]):
+            self.solved, self.pattern = entries(self.solved)
+        self.elimination = elimination(self.solved) if self.pattern is None else None
         self.solver_args = dict(solver_args or {})
         self._choices = dict(choices)
-        self._convex = _is_convex(self.program)
+        self._convex = self.pattern is None and _is_convex(self.program)
         self._layer = self._configured({})
         self._seconds = time.perf_counter() - start
 
-    def layer(self, solver_args: Mapping[str, Any] | None) -> ConicLayer:
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the problem is solved on the host, by sparse factorisations."""
+        return self.pattern is not None
+
+    def layer(self, solver_args: Mapping[str, Any] | None) -> ConicLayer | SparseLayer:
         """The settings of one call, in which `solver_args` go before those of the constructor."""
         return self._configured(solver_args) if solver_args else self._layer
 
@@ -213,14 +243,23 @@ class CvxpyProgram:
         lower, upper = _bounds(self.solved)
         return lower, upper if self.ranges is None else np.minimum(upper, self.ranges.width[: len(upper)])
 
-    def _configured(self, solver_args: Mapping[str, Any]) -> ConicLayer:
+    def _configured(self, solver_args: Mapping[str, Any]) -> ConicLayer | SparseLayer:
         cones = curved_part(self.program.cones)
         linear = not len(self.program.P.positions)
         arguments = self.solver_args | dict(solver_args)
+        if self.pattern is not None:
+            choices = {key: self._choices[key] for key in ("solver", "order", "on_failure")}
+            return sparse_layer_of(self.solved.m, self.solved.n, cones, solver_args=arguments, **choices)
         return conic_layer(cones, linear, convex=self._convex, solver_args=arguments, **self._choices)
 
     def solve(
-        self, ops: Ops, layer: ConicLayer, values: Sequence[Array], warm: Sequence[Array], like: Array
+        self,
+        ops: Ops,
+        calls: HostCalls,
+        layer: ConicLayer | SparseLayer,
+        values: Sequence[Array],
+        warm: Sequence[Array],
+        like: Array,
     ) -> Solution:
         """The solution for values with any batch axes in front, in the dtype of the real `like`."""
         lead = batch_shape([tuple(value.shape) for value in values], self.parameters)
@@ -239,7 +278,10 @@ class CvxpyProgram:
         if self.elimination is not None:
             data, warm, restore = eliminate(ops, self.elimination, data, warm)
         with batch_axes(lead):
-            solution = layer(ops, data, *warm)
+            if self.pattern is None:
+                solution = layer(ops, data, *warm)
+            else:
+                solution = self._solve_sparse(ops, calls, layer, data, warm)
         if self.elimination is not None:
             solution = restore(solution, layer.is_derived(solution.status))
         if self.ranges is not None:
@@ -248,13 +290,22 @@ class CvxpyProgram:
         variables = tuple(restore_array(ops, x, lead, like) for x in variables)
         return Solution(variables, *restore_batch(ops, solution, lead, like))
 
+    def _solve_sparse(self, ops, calls, layer, data, warm) -> ConicSolution:
+        """As `layer(ops, data, *warm)`, for data of which P and A are entries."""
+        P, q, A, b, l, u = (z[None] if z.ndim == 1 else z for z in data)
+        P, A = (
+            Entries(values, *(ops.constant(index, q) for index in places))
+            for values, places in zip((P, A), self.pattern, strict=True)
+        )
+        return layer(ops, calls, P, A, (q, b, l, u), [z[None] if z.ndim == 1 else z for z in warm])
+
     def headline(self) -> str:
         """Sizes of the problem in one line."""
         return "; ".join(f"{key}: {value}" for key, value in self._facts()[:3])
 
     def summary(self) -> str:
         """Parameters, sizes, cones, outputs, solvers and set-up time, one a line."""
-        return "\n".join(f"{key + ':':<12}{value}" for key, value in self._facts())
+        return "\n".join(f"{key + ':':<13}{value}" for key, value in self._facts())
 
     def _facts(self) -> list[tuple[str, str]]:
         program, layer = self.program, self._layer
@@ -264,13 +315,14 @@ class CvxpyProgram:
         cones = [f"{k}={v if isinstance(v, int) else len(v)}" for k, v in counts.items() if v]
         entries = f"{len(program.P.positions)} entries of P, {len(program.A.positions)} of A"
         solvers = ", then ".join(type(solver).__name__ for solver in layer.solve.solvers)
+        kind = " with sparse matrices" if self.is_sparse else ""
         return [
             ("parameters", ", ".join(map(name, self.parameters))),
             ("size", f"n={program.n} variables, m={program.m} rows"),
             ("cones", ", ".join(cones) or "none"),
             ("nonzeros", entries),
             ("outputs", ", ".join(str(output.shape) for output in program.outputs)),
-            ("solver", f"{solvers}, to a residual of {layer.solve.eps:g}"),
+            ("solver", f"{solvers}{kind}, to a residual of {layer.solve.eps:g}"),
             ("derivatives", f"up to order {layer.order}"),
             ("set up in", f"{self._seconds:.2g} s"),
         ]

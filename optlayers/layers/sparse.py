@@ -10,7 +10,7 @@ P stands for (P + P') / 2, so that with u = J^-T (x_bar, 0) its entries have the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -19,16 +19,19 @@ from ..implicit import attach
 from ..linalg.rows import project_linearized, unflatten
 from ..linalg.sensitivity import Regularity
 from ..ops import Array, Ops
-from ..solvers.choice import AUTOMATIC, choose
+from ..solvers.choice import AUTOMATIC, NAMED, choose, configure
 from ..solvers.host import OSQP, Clarabel, Host
 from ..solvers.sparse import SparseSolve
-from ..status import is_usable
+from ..status import batch_axes, check, is_usable
 from .conic import FAILURE_POLICIES, ConicSolution, flatten_batch, restore_batch
 from .direct import INFINITE, _prepare, polyhedral_bounds
 
 
 class Entries(NamedTuple):
-    """A sparse matrix: `values` (N,) at `rows` and `columns` (N,); those at the same place add up."""
+    """A sparse matrix: `values` (N,) at `rows` and `columns` (N,); those at the same place add up.
+
+    Within this module `values` has a batch axis in front, of length 1 where the batch shares the matrix.
+    """
 
     values: Array
     rows: Array
@@ -85,6 +88,8 @@ class SparseLayer:
         if self.has_free_row:
             A, vectors, warm = _add_free_row(ops, A, vectors, warm)
         solution = _differentiable(ops, host, self, P, A, vectors, warm)
+        if self.on_failure == "raise":
+            ops.on_host(check, solution.status, solution.residual)
         if self.has_free_row:
             solution = solution._replace(s=solution.s[:, 1:], y=solution.y[:, 1:])
         if self.on_failure != "nan":
@@ -105,16 +110,19 @@ def _differentiable(
 ) -> ConicSolution:
     solve, (q, b, l, u) = layer.solve, vectors
     (m, n), cones = (solve.m, solve.n), solve.cones
-    batch = next((z.shape[0] for z in (*vectors, *warm) if z.shape[0] != 1), 1)
-    shapes, inputs = solve.output_shapes(batch), (*P, *A, *vectors, *warm)
-    x, v, error, iterations, *system = host.call(solve.solve, shapes, *inputs)
+    matrices = [z if z.ndim == 2 else z[None] for M in (P, A) for z in M]
+    batch = next((z.shape[0] for z in (*matrices, *vectors, *warm) if z.shape[0] != 1), 1)
+    shapes = solve.output_shapes(batch)
+    x, v, error, iterations, *system = host.call(solve.solve, shapes, *matrices, *vectors, *warm)
+    # Problems with NaN are masked, but as factors these would reach shared parameters as 0 * NaN.
+    P, A = (M._replace(values=ops.where(ops.isfinite(M.values), M.values, 0.0)) for M in (P, A))
     x_unique, y_unique, status, *flat = system
     linearization, status = unflatten(cones, flat), ops.to_int(status)
     usable = is_usable(status)[:, None]
     A0 = A._replace(values=ops.stop_gradient(A.values))
 
     def inverse(r):
-        d = host.apply_symmetric(solve.invert, r, *P, *A, *system)
+        d = host.apply_symmetric(solve.invert, r, *matrices, *system)
         dx, dy = d[:, :n], d[:, n:]
         ds = r[:, n:] - _multiply(ops, A0, dx, m)
         return ops.concat([dx, ds - dy], -1)
@@ -146,7 +154,7 @@ def _add_free_row(ops: Ops, A: Entries, vectors: Sequence[Array], warm: Sequence
 
 def _multiply(ops: Ops, M: Entries, x: Array, size: int) -> Array:
     """M x for vectors x (B, k): (B, size)."""
-    return ops.scatter_add(M.values[None] * ops.take(x, M.columns), M.rows, size)
+    return ops.scatter_add(M.values * ops.take(x, M.columns), M.rows, size)
 
 
 def _transpose(M: Entries) -> Entries:
@@ -164,7 +172,6 @@ def sparse_layer(
     order: int,
     on_failure: str,
     gradient: Any,
-    check: bool,
 ) -> SparseLayer:
     """The layer for matrices of the shapes of `P` and `A` and a choice of host solver.
 
@@ -181,14 +188,34 @@ def sparse_layer(
             )
     if gradient != "exact":
         raise ValueError(f"sparse problems have gradient='exact' only, got {gradient!r}; use dense matrices")
-    solvers = (Clarabel(),) if solver in AUTOMATIC else choose(cones, P is None, solver)
+    return layer_of_size(m, n, cones, solver, {"eps": eps}, order, on_failure)
+
+
+def can_be_sparse(solver: Any, gradient: Any) -> bool:
+    """Whether sparse problems have these choices."""
+    kind = NAMED.get(solver.upper()) if isinstance(solver, str) else type(solver)
+    return gradient == "exact" and (solver in AUTOMATIC or (kind is not None and issubclass(kind, Host)))
+
+
+def layer_of_size(
+    m: int,
+    n: int,
+    cones: Cones,
+    solver: Any,
+    solver_args: Mapping[str, Any],
+    order: int = 2,
+    on_failure: str = "raise",
+) -> SparseLayer:
+    """The layer for m rows and n columns, see `choose` and `configure`; `cones` are the curved ones."""
+    solvers = (Clarabel(),) if solver in AUTOMATIC else choose(cones, False, solver)
     hosts = tuple(solver for solver in solvers if isinstance(solver, Host))
     if hosts != solvers:
         raise ValueError(f"sparse problems are solved by Clarabel, OSQP or SCS, got solver={solver!r}")
     if any(isinstance(solver, OSQP) for solver in hosts) and cones.rows:
         raise ValueError("OSQP solves problems with linear constraints only; use Clarabel or SCS")
+    hosts, eps = configure(hosts, solver_args)
     has_free_row = m == cones.rows
-    solve = SparseSolve(m + has_free_row, n, cones, hosts, float(eps), check)
+    solve = SparseSolve(m + has_free_row, n, cones, hosts, eps)
     return SparseLayer(solve, order, on_failure, has_free_row)
 
 
@@ -210,7 +237,8 @@ def solve_sparse_box(
     lower = ops.where(u >= INFINITE, -ops.inf, -u)
     warm = [-z if i == 1 else z for i, z in enumerate(_warm(ops, warm))]
     zero = ops.full((1, *m), 0.0, q)
-    solution = layer(ops, host, *_widest(ops, matrices), (q, zero, lower, upper), warm)
+    with batch_axes(lead):
+        solution = layer(ops, host, *_widest(ops, matrices), (q, zero, lower, upper), warm)
     return restore_batch(ops, solution._replace(s=-solution.s), lead, like)
 
 
@@ -229,7 +257,8 @@ def solve_sparse_cone(
         raise ValueError(f"the cones have {cones.rows} rows, but A has {layer.rows}: {cones}")
     (q, b), lead = _vectors(ops, layer, "qb", data, like)
     bounds = (bound[None] for bound in polyhedral_bounds(ops, cones, q))
-    solution = layer(ops, host, *_widest(ops, matrices), (q, b, *bounds), _warm(ops, warm))
+    with batch_axes(lead):
+        solution = layer(ops, host, *_widest(ops, matrices), (q, b, *bounds), _warm(ops, warm))
     return restore_batch(ops, solution, lead, like)
 
 
@@ -248,4 +277,4 @@ def _warm(ops: Ops, warm: Sequence[Array]) -> list[Array]:
 
 
 def _widest(ops: Ops, matrices: Sequence[Entries]) -> list[Entries]:
-    return [M._replace(values=ops.widest(M.values)) for M in matrices]
+    return [M._replace(values=ops.widest(M.values)[None]) for M in matrices]

@@ -168,17 +168,29 @@ def _symmetric_scaling(K: Any) -> np.ndarray:
     return scale
 
 
+def is_convex(P: Any) -> bool:
+    """Whether P is positive semidefinite, up to the rounding of data computed in float32."""
+    shift = 1e-6 * (abs(P.diagonal()).max(initial=0.0) or 1.0)
+    lu = _pivots_on_diagonal(P + sp.diags_array(np.full(P.shape[0], shift)))
+    return lu is not None and np.array_equal(lu.perm_r, lu.perm_c) and bool((lu.U.diagonal() > 0).all())
+
+
 def _factorize(K: Any, shift: np.ndarray):
     """The function r to (K + diag(shift))^-1 r."""
-    options = {"SymmetricMode": True}
-    # Minimum degree fills less, but a dense row takes it ten times as long as the factorisation.
-    has_dense_row = np.diff(K.indptr).max(initial=0) > 10 * K.shape[0] ** 0.5
-    order = "COLAMD" if has_dense_row else "MMD_AT_PLUS_A"
     for growth in (1.0, 1e2, 1e4):
-        matrix = sp.csc_matrix(K + sp.diags_array(growth * shift))
-        try:
-            lu = splu(matrix, permc_spec=order, diag_pivot_thresh=0.0, options=options)
-        except RuntimeError:  # a pivot has cancelled to zero
-            continue
-        return lu.solve
+        lu = _pivots_on_diagonal(K + sp.diags_array(growth * shift))
+        if lu is not None:
+            return lu.solve
     return lambda r: np.full_like(r, np.nan)
+
+
+def _pivots_on_diagonal(matrix: Any) -> Any:
+    """LU factors of a symmetric matrix without regard to values; None where a pivot cancels to zero."""
+    matrix = sp.csc_matrix(matrix)
+    # Minimum degree fills less, but a dense row takes it ten times as long as the factorisation.
+    has_dense_row = np.diff(matrix.indptr).max(initial=0) > 10 * matrix.shape[0] ** 0.5
+    order = "COLAMD" if has_dense_row else "MMD_AT_PLUS_A"
+    try:
+        return splu(matrix, permc_spec=order, diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    except RuntimeError:
+        return None

@@ -2,9 +2,9 @@
 
 Two functions of NumPy arrays are offered to the frameworks: `SparseSolve.solve` and the inverse
 `SparseSolve.invert` of the KKT system at its result. A matrix is given as entries (values, rows, columns),
-each (N,), of which those at the same place add up; P stands for (P + P') / 2. Vectors are q (B, n), b (B, m),
-l and u (B, k); B is 1 where the batch shares one. All arrays may have further axes in front, of equal length
-or of length 1. Problems are solved one after the other, in threads.
+each (B, N), of which those at the same place add up; P stands for (P + P') / 2. Vectors are q (B, n),
+b (B, m), l and u (B, k); B is 1 where the batch shares one. All arrays may have further axes in front, of
+equal length or of length 1. Problems are solved one after the other, in threads.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import scipy.sparse as sp
 from ..cones import Cones
 from ..linalg.kkt import Problem
 from ..linalg.rows import Linearization, flatten, linearize, project, shapes, unflatten
-from ..linalg.sparse import HOST, REGULARIZATION, HostMatrix, SparseFactor, derivative_factor
-from ..status import Status, check, is_usable
+from ..linalg.sparse import HOST, REGULARIZATION, HostMatrix, SparseFactor, derivative_factor, is_convex
+from ..status import Status, is_usable
 from .base import RUNNING, Direction, Progress, certify, conclude, tolerances
 from .host import Host, _program
 from .refinement import Point, evaluate
@@ -37,10 +37,13 @@ class _Memo:
     """The latest factorisations, so that the derivative finds those of the solve.
 
     A cache: `SparseSolve.invert` makes those that are missing. For each problem the arrays that define its
-    factor, and the factor.
+    factor, and the factor. Copies, and what is pickled, have none.
     """
 
     lanes: list[tuple[Sequence[np.ndarray], SparseFactor | None]] = field(default_factory=list)
+
+    def __reduce__(self):
+        return _Memo, ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,6 @@ class SparseSolve:
         cones: the curved cones, in the last rows.
         solvers: tried in turn while there is no solution.
         eps: relative residual of a solution.
-        check: raise SolveError for problems that were not solved.
     """
 
     m: int
@@ -59,7 +61,6 @@ class SparseSolve:
     cones: Cones
     solvers: tuple[Host, ...]
     eps: float
-    check: bool
     memo: _Memo = field(default_factory=_Memo, compare=False, repr=False)
 
     def output_shapes(self, batch: int) -> list[tuple[int, ...]]:
@@ -74,9 +75,6 @@ class SparseSolve:
 
         Args:
             arrays: entries of P and of A; q, b, l, u; perhaps (x, s, y) to start from.
-
-        Raises:
-            SolveError: some problems were not solved, and `check` is set.
         """
         lead, lanes = _lanes(arrays)
         if not lanes:
@@ -88,8 +86,6 @@ class SparseSolve:
             ((*lane[:MATRIX_ARRAYS], *output[4:]), factor)
             for lane, (output, factor) in zip(lanes, results, strict=True)
         ]
-        if self.check:
-            check(outputs[6].astype(int), outputs[2])
         return outputs
 
     def invert(self, r: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
@@ -142,10 +138,8 @@ class SparseSolve:
         P, A = self._matrices(lane) if finite else (sp.csc_array((k, self.n)) for k in (self.n, self.m))
         lane_solve = _LaneSolve(self, Problem(HostMatrix(P), q, HostMatrix(A), b, l, u))
         with np.errstate(all="ignore"):
-            crossed = (l - u > self.eps * (1 + abs(u))).any()
-            reason = Status.PRIMAL_INFEASIBLE if finite else Status.NON_FINITE
-            run = lane_solve.run(warm) if finite and not crossed else lane_solve.refuse(reason)
-            best, status, iterations = run
+            reason = self._fault(finite, P, l, u)
+            best, status, iterations = lane_solve.run(warm) if reason is None else lane_solve.refuse(reason)
             linearization = lane_solve.linearize(best.v)
             factor, regular = None, (True, True)
             if is_usable(status[0]):
@@ -153,6 +147,14 @@ class SparseSolve:
         scalars = [best.residual[0], iterations[0], *regular, status[0]]
         scalars = [np.array(z, float) for z in scalars]
         return [best.x[0], best.v[0], *scalars, *(z[0] for z in flatten(linearization))], factor
+
+    def _fault(self, finite: bool, P: Any, l: np.ndarray, u: np.ndarray) -> Status | None:
+        """Why there is nothing to solve."""
+        if not finite:
+            return Status.NON_FINITE
+        if (l - u > self.eps * (1 + abs(u))).any():
+            return Status.PRIMAL_INFEASIBLE
+        return None if is_convex(P) else Status.NON_CONVEX
 
     def _differentiate(
         self, P: Any, A: Any, linearization: Linearization, factor: Any
@@ -185,7 +187,7 @@ class _LaneSolve(NamedTuple):
         )
 
     def refuse(self, reason: Status) -> Progress:
-        """The outcome for data that contain NaN or infinity, or bounds l > u."""
+        """The outcome for data that no solver is asked about."""
         return Progress(self.nothing, np.full(1, reason.code), np.zeros(1))
 
     def run(self, warm: Sequence[np.ndarray]) -> Progress:
@@ -265,7 +267,6 @@ def _lanes(
     ndims = [len(shape) - 1 for shape in own] or [1] * (len(arrays) - MATRIX_ARRAYS)
     # Copied: the memory may be the framework's, which writes to it again.
     expanded = [np.array(x) for x in arrays]
-    expanded[:MATRIX_ARRAYS] = [x[..., None, :] for x in expanded[:MATRIX_ARRAYS]]
     ndims = [1] * MATRIX_ARRAYS + ndims
     lead = np.broadcast_shapes(*(x.shape[: x.ndim - k] for x, k in zip(expanded, ndims, strict=True)))
 

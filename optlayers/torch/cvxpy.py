@@ -14,6 +14,7 @@ from ..layers.approximate import LPGD, Smoothed
 from ..layers.cvxpy import CvxpyProgram, Solution, faults, name
 from ..ops import torch as ops
 from ..status import SolveError
+from .sparse import HOST, on_host
 
 ops.run_while_compiling(CvxpyProgram.splits)
 ops.run_while_compiling(CvxpyProgram.bounds)
@@ -99,7 +100,8 @@ class CvxpyLayer(torch.nn.Module):
         like = _like(params, program.parameters)
         warm = () if warm_start is None else (warm_start.x, warm_start.s, warm_start.y)
         try:
-            return program.solve(ops, program.layer(solver_args), params, warm, like)
+            solve = _solve_on_host if program.is_sparse else CvxpyProgram.solve
+            return solve(program, ops, HOST, program.layer(solver_args), params, warm, like)
         except SolveError as error:
             for fault in faults([value.numpy(force=True) for value in params], program.parameters):
                 error.add_note(fault)
@@ -111,6 +113,11 @@ class CvxpyLayer(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return self._program.headline()
+
+
+@on_host
+def _solve_on_host(program: CvxpyProgram, *args: Any) -> Solution:
+    return program.solve(*args)
 
 
 def _like(values: Sequence[Tensor], parameters: Sequence[Any]) -> Tensor:

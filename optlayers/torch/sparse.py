@@ -24,24 +24,25 @@ def is_sparse(matrix: Any) -> bool:
 
 _WHY_NOT_TRACED = (
     "sparse programs are solved on the host, by calls that cannot be traced into a graph; give P and A as "
-    "dense tensors, or compile the model without fullgraph=True"
+    "dense tensors, or a CvxpyLayer solver=ADMM(), or compile the model without fullgraph=True"
 )
 
 
-@not_traced(_WHY_NOT_TRACED)
+on_host = not_traced(_WHY_NOT_TRACED)
+
+
+@on_host
 def solve_qp(P, q, A, l, u, warm, **options) -> ConicSolution:
-    check = options["on_failure"] == "raise"
-    layer = sparse.sparse_layer(P, q, A, Cones(), check=check, **options)
+    layer = sparse.sparse_layer(P, q, A, Cones(), **options)
     matrices = _entries(P, q), _entries(A, q)
-    return sparse.solve_sparse_box(ops, _HOST, layer, matrices, (q, l, u), warm, q)
+    return sparse.solve_sparse_box(ops, HOST, layer, matrices, (q, l, u), warm, q)
 
 
-@not_traced(_WHY_NOT_TRACED)
+@on_host
 def solve_conic(P, q, A, b, cones, warm, **options) -> ConicSolution:
-    check = options["on_failure"] == "raise"
-    layer = sparse.sparse_layer(P, q, A, curved_part(cones), check=check, **options)
+    layer = sparse.sparse_layer(P, q, A, curved_part(cones), **options)
     matrices = _entries(P, q), _entries(A, q)
-    return sparse.solve_sparse_cone(ops, _HOST, layer, cones, matrices, (q, b), warm, q)
+    return sparse.solve_sparse_cone(ops, HOST, layer, cones, matrices, (q, b), warm, q)
 
 
 def _entries(matrix: Any, like: Tensor) -> sparse.Entries:
@@ -132,4 +133,4 @@ class _Host:
         return _Symmetric.apply(r, function, *(x.detach() for x in arrays))
 
 
-_HOST = _Host()
+HOST = _Host()

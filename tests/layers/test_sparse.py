@@ -296,6 +296,16 @@ def test_outcomes(frontend):
         solve_qp(eye, q, eye, -ones, ones)
 
 
+@pytest.mark.parametrize("P", [np.diag([1.0, -0.5, 2.0]), np.array([[1.0, 2, 0], [2, 1, 0], [0, 0, 0]])])
+def test_not_convex(frontend, P):
+    eye, ones = sp.eye_array(3), frontend.array(np.ones(3))
+    for solver in (None, "OSQP"):
+        solution = frontend.module.solve_qp(
+            sp.coo_array(P), ones, eye, -ones, ones, solver=solver, on_failure="mask"
+        )
+        assert frontend.numpy(solution.status) == Status.NON_CONVEX.code
+
+
 def test_failed_problems_have_no_derivative(frontend, rng):
     eye = sp.eye_array(2)
 
