@@ -49,7 +49,7 @@ class HostCalls(Protocol):
         ...
 
     def apply_symmetric(self, function: Callable, r: Array, *arrays: Array) -> Array:
-        """`function(r, *arrays)`, a symmetric matrix times r; differentiable in r, to any order and mode."""
+        """`function(r, *arrays)`, a symmetric matrix times r, for `Ops.increment`."""
         ...
 
 
@@ -119,13 +119,18 @@ def _differentiable(
     x_unique, y_unique, status, *flat = system
     linearization, status = unflatten(cones, flat), ops.to_int(status)
     usable = is_usable(status)[:, None]
-    A0 = A._replace(values=ops.stop_gradient(A.values))
 
-    def inverse(r):
-        d = host.apply_symmetric(solve.invert, r, *matrices, *system)
+    def invert(r, transposed, *arrays):
+        M, F2 = Entries(arrays[3], arrays[4][0], arrays[5][0]), r[:, n:]
+        if transposed:
+            F1 = r[:, :n] - _multiply(ops, _transpose(M), F2, n)
+            d = host.apply_symmetric(solve.invert, ops.concat([F1, -F2], -1), *arrays)
+            return ops.concat([d[:, :n], d[:, n:] + F2], -1)
+        d = host.apply_symmetric(solve.invert, r, *arrays)
         dx, dy = d[:, :n], d[:, n:]
-        ds = r[:, n:] - _multiply(ops, A0, dx, m)
-        return ops.concat([dx, ds - dy], -1)
+        return ops.concat([dx, F2 - _multiply(ops, M, dx, m) - dy], -1)
+
+    inverse = lambda r: ops.increment(invert, r, *matrices, *system)
 
     def split(z):
         x, v = z[:, :n], z[:, n:]

@@ -115,10 +115,8 @@ class SparseFactor:
         C = np.where(d > 0.5, 1.0, d / (1 - np.minimum(d, 0.5)))
         rotated = A if self.basis is None else self.basis.T @ A
         W = sp.diags_array(self.R) @ sp.csr_array(rotated)[self.kept]
-        K = sp.block_array([[P, W.T], [W, -sp.diags_array(C)]], format="csc")
-        self.scale = _symmetric_scaling(K)
-        S = sp.diags_array(self.scale)
-        self.K = sp.csc_array(S @ K @ S)
+        self.K = sp.block_array([[P, W.T], [W, -sp.diags_array(C)]], format="csc")
+        self.scale = _equilibrate(self.K)
         sign = np.concatenate([np.ones(self.n), -np.ones(self.kept.size)])
         self.inverse = _factorize(self.K, e * sign)
 
@@ -157,14 +155,16 @@ def derivative_factor(
     return SparseFactor(cones, P, A, linearization, e, singular)
 
 
-def _symmetric_scaling(K: Any) -> np.ndarray:
-    """S with entries of S K S at most about 1, and about 1 in each row (Ruiz 2001)."""
+def _equilibrate(K: Any) -> np.ndarray:
+    """S, when K has become S K S with entries of at most about 1, and about 1 in each row (Ruiz 2001)."""
     scale = np.ones(K.shape[0])
-    magnitude = abs(K)
+    rows, columns = K.indices, np.repeat(np.arange(K.shape[0]), np.diff(K.indptr))
     for _ in range(_SCALING_PASSES):
-        S = sp.diags_array(scale)
-        largest = (S @ magnitude @ S).max(axis=0).toarray().ravel()
-        scale = scale / np.sqrt(np.where(largest > 0, largest, 1.0))
+        largest = np.zeros(K.shape[0])
+        np.maximum.at(largest, rows, abs(K.data))
+        step = 1 / np.sqrt(np.where(largest > 0, largest, 1.0))
+        K.data *= step[rows] * step[columns]
+        scale *= step
     return scale
 
 

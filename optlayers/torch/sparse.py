@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from ..cones import Cones
 from ..layers import sparse
@@ -92,36 +92,6 @@ class _Call(Function):
         return results, (0,) * len(results)
 
 
-class _Symmetric(Function):
-    """A symmetric matrix, given by a function of NumPy arrays, times r."""
-
-    @staticmethod
-    def forward(r, function, *arrays):
-        return torch.as_tensor(function(*map(_numpy, (r, *arrays))), dtype=r.dtype, device=r.device)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, ctx.function, *arrays = inputs
-        ctx.save_for_backward(*arrays)
-        ctx.save_for_forward(*arrays)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        arrays = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
-        return _Symmetric.apply(gradient, ctx.function, *arrays), None, *[None] * len(arrays)
-
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        # torch has disabled forward mode here, and would lose the tangents of an outer one in silence.
-        with forward_ad._set_fwd_grad_enabled(True):
-            return _Symmetric.apply(tangent, ctx.function, *ctx.saved_tensors)
-
-    @staticmethod
-    def vmap(info, in_dims, r, function, *arrays):
-        r, *arrays = _fold(info, (in_dims[0], *in_dims[2:]), (r, *arrays))
-        return _Symmetric.apply(r.expand(info.batch_size, *r.shape[1:]), function, *arrays), 0
-
-
 class _Host:
     @staticmethod
     def call(function, shapes, *arrays):
@@ -130,7 +100,7 @@ class _Host:
 
     @staticmethod
     def apply_symmetric(function, r, *arrays):
-        return _Symmetric.apply(r, function, *(x.detach() for x in arrays))
+        return _Call.apply(lambda *values: [function(*values)], r, r, *arrays)[0]
 
 
 HOST = _Host()
