@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Status(Enum):
         "the step size fell to rounding: a singularity, a right-hand side that jumps, or tolerances too tight"
     )
 
-    @property
+    @cached_property
     def code(self) -> int:
         return list(Status).index(self)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +65,7 @@ class Cones:
         # Once per program: a product of thousands of cones must not cost a Python loop at every call.
         object.__setattr__(self, "layout", _layout(self))
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return (
             self.zero

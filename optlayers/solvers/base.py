@@ -102,8 +102,10 @@ def run(
         progress = advance(ops, cones, problem, scaling, progress, point, solver.refine, eps)
         best, status, iterations = progress
         iterations = iterations + solver.check_every * ops.to_int(running)
-        certificate = certify(ops, cones, problem, solver.direction(state))
-        status = ops.where(status == RUNNING, certificate, status)
+        name = lambda status: ops.where(
+            status == RUNNING, certify(ops, cones, problem, solver.direction(state)), status
+        )
+        status = ops.cond(ops.any(status == RUNNING), name, lambda status: status, status)
         return state, Progress(best, status, iterations)
 
     def body(carry):

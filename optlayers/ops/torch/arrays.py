@@ -16,7 +16,7 @@ inf, nan = torch.inf, torch.nan
 
 def constant(values, like):
     # Copied: torch would share the caller's memory, warn if it is read-only and refuse negative strides.
-    tensor = torch.as_tensor(np.array(values))
+    tensor = torch.from_numpy(np.array(values))
     return tensor.to(device=like.device, dtype=like.dtype if tensor.is_floating_point() else torch.int64)
 
 
