@@ -151,6 +151,35 @@ def moreau(problem, parameters, variable, values, weights):
     return _torch_calls(layer, values, weights)
 
 
+class _Quadratic:
+    """1/2 x'Px + q'x subject to A x = b, G x <= h, as CVXPY writes the problem."""
+
+    def __init__(self, ops, problem, parameters, variable):
+        from optlayers.canon.cvxpy import canonicalize
+
+        self.ops, self.program = ops, canonicalize(problem, list(parameters), [variable])
+        cones = self.program.cones
+        if cones.zero + cones.nonneg != cones.rows:
+            raise NotImplementedError("only linear constraints")
+
+    def data(self, values):
+        """P, q, A, b, G, h with the batch in front, for values like them."""
+        from optlayers.layers.assembly import assemble, splits
+
+        batch, k, ops = len(values[0]), self.program.cones.zero, self.ops
+        plan = splits(self.program, (True,) * len(values))
+        data = assemble(ops, self.program, plan, [v.reshape(batch, -1) for v in values], values[0])
+        own = zip(data, (2, 1, 2, 1), strict=True)
+        P, q, A, b = (ops.broadcast_to(z, (batch, *z.shape[z.ndim - ndim :])) for z, ndim in own)
+        return P, q, A[:, :k], b[:, :k], A[:, k:], b[:, k:]
+
+    def read(self, x):
+        from optlayers.layers.conic import ConicSolution
+        from optlayers.layers.cvxpy import read
+
+        return read(self.ops, self.program.outputs[0], ConicSolution(x, *[None] * 6))
+
+
 def qpth(problem, parameters, variable, values, weights):
     from qpth.qp import QPFunction
 
@@ -160,6 +189,109 @@ def qpth(problem, parameters, variable, values, weights):
     return _torch_calls(lambda P, q, A, b, G, h: function(P, q, G, h, A, b), values, weights)
 
 
+def proxsuite(problem, parameters, variable, values, weights):
+    import torch
+    from proxsuite.torch.qplayer import QPFunction
+
+    from optlayers.ops import torch as ops
+
+    quadratic, function = _Quadratic(ops, problem, parameters, variable), QPFunction()
+
+    def layer(*values):
+        P, q, A, b, G, h = quadratic.data(values)
+        return quadratic.read(function(P, q, A, b, G, torch.full_like(h, -1e20), h)[0])
+
+    return _torch_calls(layer, values, weights)
+
+
+def _jax_calls(solve, problem, parameters, variable, values, weights):
+    """`solve` is (P, q, A, b, G, h) of one problem to x."""
+    import jax
+
+    from optlayers.ops import jax as ops
+
+    jax.config.update("jax_enable_x64", True)
+    quadratic = _Quadratic(ops, problem, parameters, variable)
+    layer = lambda *v: quadratic.read(jax.vmap(solve)(*quadratic.data(v)))
+    values = [jax.numpy.asarray(value) for value in values]
+    forward = jax.jit(layer)
+    both = jax.jit(jax.grad(lambda *v: (layer(*v) * weights).sum(), argnums=tuple(range(len(values)))))
+    return lambda: jax.block_until_ready(forward(*values)), lambda: jax.block_until_ready(both(*values))
+
+
+def qpax(*workload):
+    import qpax
+
+    return _jax_calls(qpax.solve_qp_primal, *workload)
+
+
+def jaxopt_osqp(*workload):
+    import jaxopt
+
+    def solve(P, q, A, b, G, h):
+        solver = jaxopt.OSQP(tol=1e-7, maxiter=20_000)
+        return solver.run(params_obj=(P, q), params_eq=(A, b), params_ineq=(G, h)).params.primal
+
+    return _jax_calls(solve, *workload)
+
+
+def in_a_loop(solve):
+    """A solver without derivatives; `solve` is (P, q, A, l, u) of l <= A x <= u to x."""
+
+    def make(problem, parameters, variable, values, weights):
+        import torch
+
+        from optlayers.ops import torch as ops
+
+        quadratic = _Quadratic(ops, problem, parameters, variable)
+        P, q, A, b, G, h = (z.numpy() for z in quadratic.data([torch.tensor(v) for v in values]))
+        rows, upper = np.concatenate([A, G], 1), np.concatenate([b, h], 1)
+        lower = np.concatenate([b, np.full_like(h, -np.inf)], 1)
+        data = [*zip(P, q, rows, lower, upper, strict=True)]
+        return lambda: quadratic.read(torch.tensor(np.stack([solve(*one) for one in data]))), None
+
+    return make
+
+
+def osqp(P, q, A, l, u):
+    import osqp
+    import scipy.sparse as sp
+
+    solver, settings = osqp.OSQP(), {"eps_abs": 1e-8, "eps_rel": 1e-8, "max_iter": 20_000}
+    solver.setup(sp.csc_matrix(np.triu(P)), q, sp.csc_matrix(A), l, u, verbose=False, **settings)
+    return solver.solve(raise_error=False).x
+
+
+def daqp(P, q, A, l, u):
+    import daqp
+
+    sense = np.where(l == u, 5, 0).astype(np.int32)
+    return daqp.solve(P, q, A, u, np.maximum(l, -1e30), sense)[0]
+
+
+def piqp(P, q, A, l, u):
+    import piqp
+
+    solver, equal = piqp.DenseSolver(), l == u
+    column_major = lambda rows: np.asfortranarray(A[rows])
+    solver.setup(
+        np.asfortranarray(P), q, column_major(equal), u[equal], column_major(~equal), None, u[~equal]
+    )
+    solver.solve()
+    return solver.result.x
+
+
+def clarabel(P, q, A, l, u):
+    import clarabel
+    import scipy.sparse as sp
+
+    settings, equal = clarabel.DefaultSettings(), int((l == u).sum())
+    settings.verbose = False
+    kinds = [clarabel.ZeroConeT(equal), clarabel.NonnegativeConeT(len(u) - equal)]
+    solver = clarabel.DefaultSolver(sp.csc_matrix(np.triu(P)), q, sp.csc_matrix(A), u, kinds, settings)
+    return np.array(solver.solve().x)
+
+
 LAYERS = {
     "OptLayers, torch": (optlayers_torch, ("torch",)),
     "OptLayers, JAX": (optlayers_jax, ("jax",)),
@@ -167,6 +299,13 @@ LAYERS = {
     "cvxpylayers, SCS": (cvxpylayers_with("SCS"), ("cvxpylayers", "diffcp", "scs")),
     "Moreau": (moreau, ("moreau",)),
     "qpth": (qpth, ("qpth",)),
+    "proxsuite": (proxsuite, ("proxsuite",)),
+    "qpax": (qpax, ("qpax",)),
+    "jaxopt, OSQP": (jaxopt_osqp, ("jaxopt",)),
+    "OSQP": (in_a_loop(osqp), ("osqp",)),
+    "DAQP": (in_a_loop(daqp), ("daqp",)),
+    "PIQP": (in_a_loop(piqp), ("piqp",)),
+    "Clarabel": (in_a_loop(clarabel), ("clarabel",)),
 }
 
 
@@ -204,20 +343,20 @@ def work(name, workload, batch):
     make, _ = LAYERS[name]
     problem, parameters, variable, values, weights, directions = build(workload, batch)
     forward, both = make(problem, parameters, variable, values, weights)
-    x, gradients = np.asarray(forward()), both()
-    lanes = slice(0, min(batch, REFERENCE_LANES))
-    products = sum(
-        (np.asarray(g)[lanes] * d).reshape(lanes.stop, -1).sum(1)
-        for g, d in zip(gradients, directions, strict=True)
-    )
+    x, lanes = np.asarray(forward()), slice(0, min(batch, REFERENCE_LANES))
+    products = np.full(lanes.stop, np.nan)
+    if both is not None:
+        pairs = zip(both(), directions, strict=True)
+        products = sum((np.asarray(g)[lanes] * d).reshape(lanes.stop, -1).sum(1) for g, d in pairs)
     say = lambda **facts: print(json.dumps(facts), flush=True)
     say(x=x[lanes].tolist(), products=products.tolist())
     for _ in sys.stdin:
         times = []
         for call in (forward, both):
             start = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - start))
+            if call is not None:
+                call()
+            times.append(1e3 * (time.perf_counter() - start) if call is not None else np.nan)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         say(forward=times[0], both=times[1], memory=memory)
 
@@ -255,7 +394,8 @@ def compare(workload, batch, names, repeats):
         least = {key: min(run[key] for run in runs) for key in ("forward", "both")}
         times = [f"{first['setup']:.1f}", f"{least['forward']:.3g}", f"{least['both']:.3g}"]
         memory = f"{max(run['memory'] for run in runs):.0f}"
-        yield [workload, str(batch), name, *times, f"{error:.0e}", f"{wrong:.0e}", memory]
+        row = [workload, str(batch), name, *times, f"{error:.0e}", f"{wrong:.0e}", memory]
+        yield ["-" if cell == "nan" else cell for cell in row]
 
 
 def brief(rows):

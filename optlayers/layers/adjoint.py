@@ -7,7 +7,7 @@ of w = r + A w, and of the transposed equation. Matrices (B, k) hold the flatten
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -183,6 +183,7 @@ def _masked(ops: MatrixFreeOps, call: Call, solution: Solution, x: Array) -> Arr
 
 def _attach(ops: MatrixFreeOps, call: Call, solution: Solution, solve: Callable, order: int) -> Array:
     """The solution with the derivatives that `solve`, (A, r) to about (I - A)^-1 r, implies."""
+    call = replace(call, value=ops.recorded_at(call.value, solution.z))
     # Masked on both sides: a failed sample's equations, which may have no solution, are never posed.
     inverse = lambda r: _masked(ops, call, solution, ops.solve_increment(call.value, solution.z, solve, r))
     return attach(ops, _residual(ops, call, solution), inverse, solution.z, order)

@@ -298,6 +298,10 @@ class MatrixFreeOps(Ops, Protocol):
         """The map v to (d function / dx at the detached x)' v, differentiable in all but x."""
         ...
 
+    def recorded_at(self, function: Callable[[Array], Array], x: Array) -> Callable[[Array], Array]:
+        """`function`, of which torch keeps one graph at `x`, for its value and for `solve_increment`."""
+        ...
+
     def solve_increment(
         self,
         function: Callable[[Array], Array],

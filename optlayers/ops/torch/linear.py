@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .closures import lifted
-from .context import is_transformed, kept_as_they_are, undifferentiated
+from .context import is_dual, is_transformed, kept_as_they_are, undifferentiated
 
 
 def frozen(function, x):
@@ -62,13 +62,14 @@ def pullback(function, x):
 
 
 class _Recorded:
-    """A function whose graph at `x` is made once, and then serves all its linear maps."""
+    """A function whose graph at `x` is made once, and then serves its value there and all its linear maps."""
 
     def __init__(self, function, x):
         self.function, self.x, self.graph = function, x, None
 
     def __call__(self, x):
-        return self.function(x)
+        is_recorded = x is self.x and torch.is_grad_enabled() and not is_dual()
+        return self.record()[1] if is_recorded else self.function(x)
 
     def record(self):
         if self.graph is None:
@@ -155,13 +156,17 @@ def increment(solve, r, *frozen):
     return _Increment.apply(r, solve, False, *(x.detach() for x in frozen))
 
 
+def recorded_at(function, x):
+    return function if is_transformed() else _Recorded(function, x)
+
+
 def solve_increment(function, x, solve, r, *constants):
     x, count = x.detach(), len(constants)
     if is_transformed():
         explicit, used = lifted(function, x)
         applied = lambda used: lambda z: explicit(z, *used)
     else:
-        recorded, used = _Recorded(function, x), []
+        recorded, used = function if isinstance(function, _Recorded) else _Recorded(function, x), []
         applied = lambda _: recorded
         if r.requires_grad:
             # Not in the backward pass, when the weights of modules that it closes over may be others.
