@@ -1,6 +1,6 @@
 """Time and accuracy of differentiable layers on eight workloads, side by side with other libraries.
 
-    python benchmarks/layers.py [--workloads W1 ...] [--layers NAME ...] [--repeats 5] [--output FILE]
+    python benchmarks/layers.py [--workloads W1 ...] [--layers NAME ...] [--output FILE --title TITLE]
 
 Every layer runs in a process of its own, on one thread; the processes take turns, call by call, and the least
 of their times counts, since machines are shared. What is timed is a solution of the batch, and a weighted
@@ -410,7 +410,7 @@ def brief(rows):
         yield [f"{workload}, {title}, {int(batch):,}", *times]
 
 
-def write(path, rows, names):
+def write(path, title, rows, names):
     """The report of the rows so far. The landing page shows what stands between the marks."""
     packages = sorted({p for name in names for p in LAYERS[name][1]} | {"cvxpy", "numpy"})
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
@@ -418,7 +418,18 @@ def write(path, rows, names):
     place += f", load average {os.getloadavg()[2]:.0f}, {versions}"
     source = f"Written by `benchmarks/layers.py` on {place}."
     described = [f"- {key}: {WORKLOADS[key][0].__doc__}" for key in WORKLOADS if key in {r[0] for r in rows}]
-    lines = ["# Speed", "", "<!-- brief -->", "", *table([*brief(rows)]), "", source, "", "<!-- end -->", ""]
+    lines = [
+        f"# {title}",
+        "",
+        "<!-- brief -->",
+        "",
+        *table([*brief(rows)]),
+        "",
+        source,
+        "",
+        "<!-- end -->",
+        "",
+    ]
     lines += [__doc__.split("\n\n", 2)[2].strip(), "", *described, "", *table(rows)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -428,6 +439,7 @@ def main():
     parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--layers", nargs="*", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--title", default="Speed")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "speed.md")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -443,7 +455,7 @@ def main():
             for row in compare(workload, batch, options.layers, options.repeats):
                 rows.append(row)
                 print(*row, sep="\t", flush=True)
-        write(options.output, rows, options.layers)
+        write(options.output, options.title, rows, options.layers)
 
 
 if __name__ == "__main__":

@@ -171,6 +171,16 @@ def test_warm_start_and_copies(frontend, rng, small):
     assert_close(frontend.numpy(other(value)[0]), frontend.numpy(first.variables[0]), 1e-12)
 
 
+def test_settings_of_other_solvers_are_refused(rng, small):
+    torch = pytest.importorskip("torch")
+    from optlayers.torch import CvxpyLayer
+
+    x, p = cp.Variable(2), cp.Parameter(2)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [x >= 0])
+    with pytest.raises(ValueError, match="Clarabel has no setting 'rho'"):
+        CvxpyLayer(problem, [p], [x], solver_args={"rho": 1.0})(torch.ones(2))
+
+
 def test_refuses_to_be_traced(rng, small):
     torch = pytest.importorskip("torch")
     from optlayers.torch import CvxpyLayer
