@@ -180,9 +180,7 @@ class Clarabel(Host):
         settings.max_iter = self.max_iter
         for name, value in self.options.items():
             if not hasattr(settings, name):
-                raise ValueError(
-                    f"Clarabel has no setting {name!r}; it has those of clarabel.DefaultSettings"
-                )
+                raise ValueError(f"Clarabel has no setting {name!r}; see clarabel.DefaultSettings")
             setattr(settings, name, value)
         kinds = [(clarabel.ZeroConeT, program.equal), (clarabel.NonnegativeConeT, program.inequalities)]
         cones = [kind(size) for kind, size in kinds if size]
