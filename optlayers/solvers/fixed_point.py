@@ -28,8 +28,6 @@ from ..linalg.gmres import gmres
 from ..ops import Array, MatrixFreeOps, select
 from ..status import Status
 
-RUNNING = -1
-
 
 class Problem(NamedTuple):
     """The map f and, at a point z, its derivative dz to f'(z) dz."""
@@ -93,54 +91,48 @@ def run(
     """
     accept = max(tol, 8 * ops.eps(z))
 
-    def judge(running, z, g, fz, best, status):
-        # The maximum is for solutions z = 0, near which no step makes a relative residual small.
-        residual = ops.norm(g) / ops.maximum(ops.norm(fz), accept)
-        finite = ops.isfinite(residual)
-        residual = ops.where(finite, residual, ops.inf)
-        nearer, new = running & (residual < best[1]), (z, residual)
-        some = lambda new: select(ops, nearer, new, best)
-        nearest = ops.cond_or_both(~ops.all(nearer), some, lambda new: new, new)
-        outcome = ops.where(residual <= accept, Status.SOLVED.code, RUNNING)
-        outcome = ops.where(finite, outcome, Status.NON_FINITE.code)
-        return residual, nearest, ops.where(running, outcome, status)
-
-    def body(carry):
-        k, z, g, best, status, iterations, last, history, trajectory, state = carry
-        running = status == RUNNING
-        z, state = solver.step(ops, problem, k, z, g, state, running)
+    def observe(z, running, best, last):
+        """g at z; the nearest iterate and its residual, the last residual, and who runs on, from there."""
         fz = problem.value(z)
         g = fz - z
-        residual, best, status = judge(running, z, g, fz, best, status)
-        last = ops.where(running, residual, last)
+        # The maximum is for solutions z = 0, near which no step makes a relative residual small.
+        residual = ops.norm(g) / ops.maximum(ops.norm(fz), accept)
+        is_finite = residual < ops.inf  # which NaN is not either
+        residual = ops.where(is_finite, residual, ops.inf)
+        nearer, new = running & (residual < best[1]), (z, residual)
+        some = lambda new: select(ops, nearer, new, best)
+        best = ops.cond_or_both(~ops.all(nearer), some, lambda new: new, new)
+        return g, best, ops.where(running, residual, last), running & is_finite & (residual > accept)
+
+    def body(carry):
+        k, z, g, best, last, running, iterations, history, trajectory, state = carry
+        z, state = solver.step(ops, problem, k, z, g, state, running)
+        iterations = iterations + ops.to_int(running)
+        g, best, last, running = observe(z, running, best, last)
         history = ops.put(history, k, last) if with_history else history
         trajectory = tuple(
             ops.cond(k < steps, lambda new, _: new, lambda _, old: old, best[0], old)
             for steps, old in zip(record, trajectory, strict=True)
         )
-        iterations = iterations + ops.to_int(running)
-        return k + 1, z, g, best, status, iterations, last, history, trajectory, state
+        return k + 1, z, g, best, last, running, iterations, history, trajectory, state
 
     def unfinished(carry):
-        return (carry[0] < max_iter) & ops.any_mapped(carry[4] == RUNNING)
+        return (carry[0] < max_iter) & ops.any_mapped(carry[5])
 
     # Made of z and not of a constant: under a vectorising map the loop's state is mapped from the start.
     first = z[:, :1]
     zero = ops.sum(0 * ops.where(ops.isfinite(first), first, 0.0), 1)
-    fz, nothing = problem.value(z), (z, zero + ops.inf)
-    g = fz - z
-    status = ops.to_int(zero) + RUNNING
-    residual, best, status = judge(status == RUNNING, z, g, fz, nothing, status)
-    last = residual + 0 * zero
+    g, best, last, running = observe(z, zero == 0, (z, zero + ops.inf), zero)
     rows = max_iter if with_history else 0
     history = ops.broadcast_to(last[None], (rows, z.shape[0])) + 0 * zero[None]
     trajectory = tuple(best[0] for _ in record)
-    carry = (0, z, g, best, status, ops.to_int(zero), last, history, trajectory, solver.init(ops, z, g))
+    carry = (0, z, g, best, last, running, ops.to_int(zero), history, trajectory, solver.init(ops, z, g))
     carry = ops.while_loop(unfinished, body, carry)
-    k, _, _, best, status, iterations, last, history, trajectory, state = carry
+    k, _, _, best, last, _, iterations, history, trajectory, state = carry
     is_later = ops.constant(np.arange(rows)[:, None], z) >= k
     history = ops.where(is_later, last[None], history).mT
-    status = ops.where(status == RUNNING, Status.ITERATION_LIMIT.code, status)
+    status = ops.where(last < ops.inf, Status.ITERATION_LIMIT.code, Status.NON_FINITE.code)
+    status = ops.where(last <= accept, Status.SOLVED.code, status)
     return Solution(best[0], status, iterations, best[1], history, trajectory, state)
 
 

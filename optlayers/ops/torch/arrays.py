@@ -172,6 +172,8 @@ def eigh(x):
 
 
 def tree_flatten(tree):
+    if isinstance(tree, Tensor):  # torch's walk of it takes as long as some operations
+        return [tree], lambda new: new[0]
     leaves, structure = torch.utils._pytree.tree_flatten(tree)
     return leaves, lambda new: torch.utils._pytree.tree_unflatten(list(new), structure)
 
