@@ -394,13 +394,15 @@ def compare(workload, batch, names, repeats):
         least = {key: min(run[key] for run in runs) for key in ("forward", "both")}
         times = [f"{first['setup']:.1f}", f"{least['forward']:.3g}", f"{least['both']:.3g}"]
         memory = f"{max(run['memory'] for run in runs):.0f}"
-        row = [workload, str(batch), name, *times, f"{error:.0e}", f"{wrong:.0e}", memory]
-        yield ["-" if cell == "nan" else cell for cell in row]
+        if np.isnan(least["both"]):  # there are no derivatives
+            yield [workload, str(batch), name, *times[:2], "-", f"{error:.0e}", "-", memory]
+        else:
+            yield [workload, str(batch), name, *times, f"{error:.0e}", f"{wrong:.0e}", memory]
 
 
 def brief(rows):
     """The largest batch of each workload: times, and in brackets errors of the gradients."""
-    names = [name for name in LAYERS if name in {row[2] for row in rows[1:]}]
+    names = [name for name in LAYERS if name in {row[2] for row in rows[1:] if row[5] != "-"}]
     largest = {workload: batch for workload, batch, *_ in rows[1:]}
     cells = {tuple(row[:3]): "-" if row[5] == "-" else f"{float(row[5]):,.0f} ({row[7]})" for row in rows[1:]}
     yield ["workload, batch", *names]
