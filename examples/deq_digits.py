@@ -51,7 +51,7 @@ class Size(NamedTuple):
     cells: tuple = ("dense", "convolution", "LSTM", "transformer")
 
 
-QUICK = Size(epochs=4, unrolled=2, batch=32, cells=("dense", "LSTM"))
+QUICK = Size(epochs=3, unrolled=2, batch=32, cells=("dense", "convolution"))
 
 # %% [markdown]
 # ## The data
