@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,9 +44,8 @@ class Status(Enum):
         "the step size fell to rounding: a singularity, a right-hand side that jumps, or tolerances too tight"
     )
 
-    @cached_property
-    def code(self) -> int:
-        return list(Status).index(self)
+    def __init__(self, message: str):
+        self.code = len(type(self).__members__)  # of those before it
 
 
 def from_code(code: int) -> Status:

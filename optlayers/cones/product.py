@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,15 +58,11 @@ class Cones:
     psd: tuple[int, ...] = ()
     exp: int = 0
     pow: tuple[tuple[float, ...], ...] = ()
+    rows: int = field(init=False, repr=False, compare=False)
     layout: _Layout = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        # Once per program: a product of thousands of cones must not cost a Python loop at every call.
-        object.__setattr__(self, "layout", _layout(self))
-
-    @cached_property
-    def rows(self) -> int:
-        return (
+        rows = (
             self.zero
             + self.nonneg
             + sum(self.soc)
@@ -75,6 +70,9 @@ class Cones:
             + 3 * self.exp
             + sum(len(weights) + 1 for weights in self.pow)
         )
+        # Once per program: a product of thousands of cones must not cost a Python loop at every call.
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "layout", _layout(self))
 
 
 class _Block(NamedTuple):
