@@ -23,8 +23,7 @@ from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restor
 from .direct import curved_part, polyhedral_bounds
 from .elimination import eliminate, elimination
 from .ranges import ranges
-from .sparse import Entries, HostCalls, SparseLayer, can_be_sparse
-from .sparse import layer_of_size as sparse_layer_of
+from .sparse import Entries, HostCalls, SparseLayer, can_be_sparse, layer_of_size
 
 
 def _is_for_sparse(program: Program) -> bool:
@@ -249,7 +248,7 @@ class CvxpyProgram:
         arguments = self.solver_args | dict(solver_args)
         if self.pattern is not None:
             choices = {key: self._choices[key] for key in ("solver", "order", "on_failure")}
-            return sparse_layer_of(self.solved.m, self.solved.n, cones, solver_args=arguments, **choices)
+            return layer_of_size(self.solved.m, self.solved.n, cones, solver_args=arguments, **choices)
         return conic_layer(cones, linear, convex=self._convex, solver_args=arguments, **self._choices)
 
     def solve(
