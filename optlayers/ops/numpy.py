@@ -133,9 +133,15 @@ def on_chosen(rows, batch, function, data, ndims, state, put_rows):
 BLOCK_BYTES = 2**21
 
 
-def in_blocks(function, arrays, ndims, size, run=map, threads=1):
+def batch_of(arrays, ndims):
+    """Size of the batch, and which arrays have a row for each of its problems; others are shared."""
     is_batched = [x.ndim > own for x, own in zip(arrays, ndims, strict=False)]
     batch = max([len(x) for x, batched in zip(arrays, is_batched, strict=True) if batched], default=1)
+    return batch, [batched and len(x) == batch for x, batched in zip(arrays, is_batched, strict=True)]
+
+
+def in_blocks(function, arrays, ndims, size, run=map, threads=1):
+    batch, is_batched = batch_of(arrays, ndims)
     has_matrices = np.any([batched and own > 1 for batched, own in zip(is_batched, ndims, strict=False)])
     rows = max(BLOCK_BYTES // max(size * arrays[0].itemsize, 1), 1)  # without variables, size is 0
     if not has_matrices:  # every block repeats the work on those that it shares
@@ -144,7 +150,7 @@ def in_blocks(function, arrays, ndims, size, run=map, threads=1):
         return function(*arrays)
     count = min(batch, -(-batch // (rows * threads)) * threads)
     parts = [
-        np.array_split(x, count) if len(x) == batch and batched else [x] * count
+        np.array_split(x, count) if batched else [x] * count
         for x, batched in zip(arrays, is_batched, strict=True)
     ]
     results = run(lambda part: function(*part), zip(*parts, strict=True))

@@ -1020,6 +1020,30 @@ def test_in_blocks(ops, framework, host, rng, monkeypatch, block_bytes):
         assert seam is ops or max(sizes) <= max(block_bytes // 32, 1)
 
 
+@pytest.mark.parametrize(
+    "block_bytes, most, count", [(64, 128, 4), (10**6, 2, 4), (200, 128, 2), (10**6, 8, 1)]
+)
+def test_in_blocks_of_jax(rng, monkeypatch, block_bytes, most, count):
+    """Blocks of equal size, the last of which may share problems with the one before it."""
+    jax = pytest.importorskip("jax")
+    from optlayers.ops import jax as ops
+
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr("optlayers.ops.jax.control.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("optlayers.ops.jax.control.BLOCK_ROWS", most)
+    M, x, shared = rng.normal(size=(7, 2, 2)), rng.normal(size=(7, 2)), rng.normal(size=2)
+    calls = []
+
+    def work(M, x, shared):
+        jax.debug.callback(lambda rows: calls.append(len(rows)), x)
+        return [x + shared[None], (M @ x[..., None])[..., 0]]
+
+    blocks = ops.in_blocks(work, [jax.numpy.asarray(z) for z in (M, x, shared)], (2, 1, 1), 4)
+    assert_all_close(blocks, [x + shared, (M @ x[..., None])[..., 0]])
+    jax.effects_barrier()
+    assert len(calls) == count and len(set(calls)) == 1
+
+
 def test_in_blocks_of_problems_without_variables(host):
     (same,) = host.in_blocks(lambda M: [M], [np.ones((7, 0, 0))], (2,), 0)
     assert same.shape == (7, 0, 0)

@@ -52,6 +52,29 @@ def test_batch_equals_singles(layer, lead, batched, rng):
         assert_close(gradient, total, 1e-9, f"gradient of {name}")
 
 
+def test_batch_in_blocks(layer, rng, monkeypatch):
+    """As JAX cuts a batch on a CPU: solution, gradient and second derivatives are those of the whole."""
+    jax = pytest.importorskip("jax")
+    if layer.frontend.name != "jax":
+        pytest.skip("torch cuts batches by size alone")
+    values, weights = values_with(layer, rng, (7,), "PqAb"), rng.standard_normal((7, 4))
+    values[3][2] = np.inf  # one problem without solution
+
+    def outcome():
+        solve = layer.frontend.CvxpyLayer(
+            layer.family.problem, layer.family.parameters, layer.family.variables, on_failure="mask"
+        )
+        loss = lambda *v: (jax.numpy.sin(solve(*v)[0]) * weights).sum()
+        slope = lambda q: jax.numpy.vdot(jax.grad(loss, 1)(values[0], q, *values[2:]), weights)
+        return jax.jit(lambda q: (slope(q), jax.grad(slope)(q), solve(values[0], q, *values[2:])))(values[1])
+
+    whole = outcome()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr("optlayers.ops.jax.control.BLOCK_ROWS", 2)
+    for part, wanted in zip(jax.tree.leaves(outcome()), jax.tree.leaves(whole), strict=True):
+        assert_close(part, wanted, 1e-9)
+
+
 @pytest.mark.parametrize("lead", [(0,), pytest.param((3, 0), marks=pytest.mark.slow_to_compile)], ids=str)
 def test_empty_batch(layer, lead, rng):
     values = values_with(layer, rng, (), "")

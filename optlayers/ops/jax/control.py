@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..numpy import batch_of
 from .context import steady
+
+# Of the largest array in a block, and the most rows: a small block waits for fewer problems that need long.
+BLOCK_BYTES, BLOCK_ROWS = 2**19, 128
 
 
 def while_loop(condition, body, state):
@@ -65,7 +69,24 @@ def on_rows(mask, function, data, ndims, state):
 
 
 def in_blocks(function, arrays, ndims, size):
-    return function(*arrays)
+    batch, is_batched = batch_of(arrays, ndims)
+    rows = min(BLOCK_BYTES // max(size * arrays[0].dtype.itemsize, 1), BLOCK_ROWS) or 1
+    # Over several devices the batch may be laid out, block by block or not: only they know.
+    if batch <= rows or jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return function(*arrays)
+    even = (size for size in range(rows, rows // 2, -1) if batch % size == 0)
+    rows = next(even, -(-batch // -(-batch // rows)))
+    count = -(-batch // rows)
+
+    def work(i):
+        start = jnp.minimum(i * rows, batch - rows)  # the last block may begin within the one before
+        cut = lambda x: lax.dynamic_slice_in_dim(x, start, rows)
+        return function(*(cut(x) if own else x for x, own in zip(arrays, is_batched, strict=True)))
+
+    fresh = batch - (count - 1) * rows
+    flat = lambda x: x.reshape(len(x) * rows, *x.shape[2:])
+    join = lambda x: flat(x) if fresh == rows else jnp.concatenate([flat(x[:-1]), x[-1, -fresh:]])
+    return [join(x) for x in lax.map(work, jnp.arange(count))]
 
 
 stop_gradient = lax.stop_gradient

@@ -51,7 +51,12 @@ def _increment(solve, r, frozen):
 @_increment.defjvp
 def _(solve, primals, tangents):
     r, frozen = primals
-    return _increment(solve, r, frozen), solve(tangents[0], False, *map(lax.stop_gradient, frozen))
+    constants = [lax.stop_gradient(x) for x in frozen]
+    apply = lambda transposed: lambda _, t: solve(t, transposed, *constants)
+    # As one linear map: taken apart, each branch and loop of it would keep copies of the matrices. It never
+    # multiplies by the matrix, whose derivatives are not asked for.
+    map_of = lax.custom_linear_solve(lambda t: t, tangents[0], apply(False), apply(True))
+    return _increment(solve, r, frozen), map_of
 
 
 def increment(solve, r, *frozen):
