@@ -69,12 +69,11 @@ def spectral(ops: Ops, cones: Cones, lin: Linearization, g: Callable[[Array], Ar
 
 
 def gram(ops: Ops, A: Array, weights: Array) -> Array:
-    """A' diag(weights) A (B, n, n) for A (m, n) or (B, m, n) and weights (B, m)."""
+    """A' diag(weights) A (B, n, n) for A (m, n) or (B, m, n) and weights (B, m) >= 0."""
     m, n = A.shape[-2:]
-    if A.ndim == 3:
-        return A.mT @ (weights[..., None] * A)
-    if n > weights.shape[0]:
-        return A.mT @ (weights[..., None] * A[None])
+    if A.ndim == 3 or n > weights.shape[0]:
+        half = ops.sqrt(weights)[..., None] * A
+        return half.mT @ half  # of which NumPy computes one triangle
     # One product for the whole batch, with less memory than A weighted for each problem.
     products = ops.reshape(A[:, :, None] * A[:, None, :], (m, n * n))
     return ops.reshape(weights @ products, (weights.shape[0], n, n))
