@@ -66,27 +66,14 @@ def _entries(matrix: Any, like: jax.Array) -> sparse.Entries:
     return sparse.Entries(jnp.where(inside, matrix.data, 0.0), rows, columns)
 
 
-def _callback(function, shapes, arrays) -> list[jax.Array]:
-    """Float results of these shapes of a function of NumPy arrays, without derivatives."""
-    arrays = [lax.stop_gradient(x) for x in arrays]
-    dtype = next(x.dtype for x in arrays if jnp.issubdtype(x.dtype, jnp.floating))
-    results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    run = lambda *values: [np.asarray(x, dtype) for x in function(*map(np.asarray, values))]
-    return jax.pure_callback(run, results, *arrays, vmap_method="expand_dims")
-
-
 class _Host:
     @staticmethod
     def call(function, shapes, *arrays):
-        return _callback(function, shapes, arrays)
-
-    @staticmethod
-    def apply_symmetric(function, r, *arrays):
-        def solve(_, r):
-            return _callback(lambda *values: [function(*values)], [r.shape], (r, *arrays))[0]
-
-        # The first argument would be the inverse matrix; the rules for derivatives in r never call it.
-        return lax.custom_linear_solve(lambda x: x, r, solve, symmetric=True)
+        arrays = [lax.stop_gradient(x) for x in arrays]
+        dtype = next(x.dtype for x in arrays if jnp.issubdtype(x.dtype, jnp.floating))
+        results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+        run = lambda *values: [np.asarray(x, dtype) for x in function(*map(np.asarray, values))]
+        return jax.pure_callback(run, results, *arrays, vmap_method="expand_dims")
 
 
 HOST = _Host()

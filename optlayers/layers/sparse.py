@@ -48,10 +48,6 @@ class HostCalls(Protocol):
         """`function(*arrays)`, float arrays of these shapes, without derivatives."""
         ...
 
-    def apply_symmetric(self, function: Callable, r: Array, *arrays: Array) -> Array:
-        """`function(r, *arrays)`, a symmetric matrix times r, for `Ops.increment`."""
-        ...
-
 
 @dataclass(frozen=True)
 class SparseLayer:
@@ -120,13 +116,16 @@ def _differentiable(
     linearization, status = unflatten(cones, flat), ops.to_int(status)
     usable = is_usable(status)[:, None]
 
+    def solve_symmetric(*arrays):
+        return host.call(lambda *z: [solve.invert(*z)], [arrays[0].shape], *arrays)[0]
+
     def invert(r, transposed, *arrays):
         M, F2 = Entries(arrays[3], arrays[4][0], arrays[5][0]), r[:, n:]
         if transposed:
             F1 = r[:, :n] - _multiply(ops, _transpose(M), F2, n)
-            d = host.apply_symmetric(solve.invert, ops.concat([F1, -F2], -1), *arrays)
+            d = solve_symmetric(ops.concat([F1, -F2], -1), *arrays)
             return ops.concat([d[:, :n], d[:, n:] + F2], -1)
-        d = host.apply_symmetric(solve.invert, r, *arrays)
+        d = solve_symmetric(r, *arrays)
         dx, dy = d[:, :n], d[:, n:]
         return ops.concat([dx, F2 - _multiply(ops, M, dx, m) - dy], -1)
 

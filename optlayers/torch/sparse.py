@@ -98,9 +98,5 @@ class _Host:
         like = next(x for x in arrays if x.is_floating_point()).detach()
         return list(_Call.apply(function, like, *(x.detach() for x in arrays)))
 
-    @staticmethod
-    def apply_symmetric(function, r, *arrays):
-        return _Call.apply(lambda *values: [function(*values)], r, r, *arrays)[0]
-
 
 HOST = _Host()
