@@ -72,7 +72,7 @@ def gram(ops: Ops, A: Array, weights: Array) -> Array:
     """A' diag(weights) A (B, n, n) for A (m, n) or (B, m, n) and weights (B, m) >= 0."""
     m, n = A.shape[-2:]
     if A.ndim == 3 or n > weights.shape[0]:
-        half = ops.sqrt(weights)[..., None] * A
+        half = ops.sqrt(weights)[..., None] * (A if A.ndim == 3 else A[None])
         return half.mT @ half  # of which NumPy computes one triangle
     # One product for the whole batch, with less memory than A weighted for each problem.
     products = ops.reshape(A[:, :, None] * A[:, None, :], (m, n * n))
