@@ -53,10 +53,10 @@ def _(solve, primals, tangents):
     r, frozen = primals
     constants = [lax.stop_gradient(x) for x in frozen]
     apply = lambda transposed: lambda _, t: solve(t, transposed, *constants)
-    # As one linear map: taken apart, each branch and loop of it would keep copies of the matrices. It never
-    # multiplies by the matrix, whose derivatives are not asked for.
-    map_of = lax.custom_linear_solve(lambda t: t, tangents[0], apply(False), apply(True))
-    return _increment(solve, r, frozen), map_of
+    # As one linear map: taken apart, each branch and loop of it would keep copies of the matrices. The first
+    # function would be its inverse, which is needed for derivatives in the constants alone.
+    tangent = lax.custom_linear_solve(lambda t: t, tangents[0], apply(False), apply(True))
+    return _increment(solve, r, frozen), tangent
 
 
 def increment(solve, r, *frozen):
