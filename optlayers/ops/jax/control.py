@@ -13,7 +13,8 @@ from ..numpy import batch_of
 from .context import steady
 
 # Of the largest array in a block, and the most rows: a small block waits for fewer problems that need long.
-BLOCK_BYTES, BLOCK_ROWS = 2**19, 128
+# And the fewest rows where matrices are shared, on which each block repeats the work.
+BLOCK_BYTES, BLOCK_ROWS, SHARED_ROWS = 2**19, 128, 32
 
 
 def while_loop(condition, body, state):
@@ -71,6 +72,8 @@ def on_rows(mask, function, data, ndims, state):
 def in_blocks(function, arrays, ndims, size):
     batch, is_batched = batch_of(arrays, ndims)
     rows = min(BLOCK_BYTES // max(size * arrays[0].dtype.itemsize, 1), BLOCK_ROWS) or 1
+    if not any(batched and own > 1 for batched, own in zip(is_batched, ndims, strict=False)):
+        rows = max(rows, SHARED_ROWS)
     # Over several devices the batch may be laid out, block by block or not: only they know.
     if batch <= rows or jax.default_backend() != "cpu" or jax.device_count() > 1:
         return function(*arrays)
