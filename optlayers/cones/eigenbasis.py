@@ -15,5 +15,5 @@ def apply_spectral(ops, basis, eigenvalues, g, u, rotated):
     """
     batch, count, d = eigenvalues.shape
     values = g(ops.reshape(eigenvalues, (batch, count * d)))
-    rows = ops.reshape(values, (values.shape[0], count, d, 1)) * basis.mT
-    return (rows if rotated else basis @ rows) @ u
+    product = ops.reshape(values, (values.shape[0], count, d, 1)) * (basis.mT @ u)
+    return product if rotated else basis @ product

@@ -30,8 +30,8 @@ from math import log
 
 from .eigenbasis import apply_spectral
 
-# 13 million points with entries from 1e-16 to 1e16 of one another: 5e-14 after 7 steps, 6e-16 after 8.
-_FAR_STEPS, _NEAR_STEPS = 2, 6
+# 8 million points with entries from 1e-16 to 1e16 of one another: 9e-12 after 8 steps, 7e-16 after 9.
+_FAR_STEPS, _NEAR_STEPS = 2, 7
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ def _root(ops, x, y, z):
     F(r) = r - log T(r) is better: T is the root of sigma T - mu / T = z, so that F has the sign of h and is
     nearly linear. At the ends of the bracket F has logarithmic singularities while h is nearly linear, hence
     the longer of the two steps is taken. A step of F beyond an end tries the point at distance 1 from it.
-    After two such steps Newton's method on h alone, at half the cost, is as fast.
+    After two such steps Newton's method on h alone, at a third of the cost, is as fast. In place of h stands
+    (r^2 - r + 1) h, of the same sign, which takes fewer operations.
     """
     low, high = _bracket(ops, x, y, z)
     middle = (low + high) / 2
@@ -189,17 +190,18 @@ def _root(ops, x, y, z):
 
     def step(state, is_far):
         low, high, r = state
-        inverse = 1 / (r * (r - 1) + 1)
-        sigma, mu, slope = ((r - 1) * x + y) * inverse, (x - r * y) * inverse, (2 * r - 1) * inverse
-        dsigma, dmu = x * inverse - slope * sigma, -y * inverse - slope * mu
-        sigma, mu = ops.maximum(sigma, 0.0), ops.maximum(mu, 0.0)
+        size, slope = r * (r - 1) + 1, 2 * r - 1
+        a, b = (r - 1) * x + y, x - r * y  # sigma and mu times size
         up = ops.exp(r)
         down = 1 / up
-        h = sigma * up - mu * down - z
-        near = r - h / ((sigma + dsigma) * up + (mu - dmu) * down)
+        h = a * up - b * down - z * size
+        near = r - h / ((a + x) * up + (b + y) * down - z * slope)
         low, high = ops.where(h < 0, r, low), ops.where(h < 0, high, r)
         new = ops.minimum(ops.maximum(near, low), high)
         if is_far:
+            sigma, mu = a / size, b / size
+            dsigma, dmu = (x - slope * sigma) / size, (-y - slope * mu) / size
+            sigma, mu = ops.maximum(sigma, 0.0), ops.maximum(mu, 0.0)
             root = ops.sqrt(z * z + 4 * sigma * mu)
             T = ops.where(z >= 0, (abs(z) + root) / (2 * sigma), 2 * mu / (abs(z) + root))
             F = r - ops.log(T)

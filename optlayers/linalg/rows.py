@@ -86,7 +86,7 @@ def spectral_gram(ops: Ops, cones: Cones, lin: Linearization, g: Callable[[Array
     if not cones.rows:
         return head
     tail = A[..., k:, :] if A.ndim == 3 else A[None, k:, :]
-    half = curved.spectral(ops, cones, lin.cones, lambda d: ops.sqrt(g(d)), tail, columns=True)
+    half = curved.spectral(ops, cones, lin.cones, lambda d: ops.sqrt(g(d)), tail, columns=True, rotated=True)
     return head + half.mT @ half
 
 
