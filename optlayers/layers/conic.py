@@ -21,7 +21,7 @@ from ..linalg.rows import flatten, project_linearized, shapes, unflatten
 from ..linalg.sensitivity import Regularity, prepare, solve_sensitivity
 from ..ops import Array, Ops, select
 from ..solvers.admm import ADMM
-from ..solvers.base import RUNNING, Solver, advance, conclude, run, start
+from ..solvers.base import RUNNING, Solver, advance, conclude, rounds, run, start, tolerances
 from ..solvers.choice import AUTOMATIC, choose, configure
 from ..solvers.host import Clarabel
 from ..solvers.refinement import Point, smallest_regularization
@@ -56,6 +56,9 @@ class ConicSolution(NamedTuple):
     iterations: Array
     residual: Array
     regularity: Regularity
+
+
+MOST_TURNS = 4  # of ADMM with one penalty: what is left then needs another, or another solver
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,33 @@ class ConicSolve:
 
     def __call__(self, ops: Ops, *inputs: Array) -> list[Array]:
         n = inputs[1].shape[-1]
-        outputs = ops.in_blocks(lambda *part: self._solve(ops, *part), inputs, self.input_ndims, n * n)
+        outputs = self._solve_fused(ops, inputs)
+        if outputs is None:
+            outputs = ops.in_blocks(lambda *part: self._solve(ops, *part), inputs, self.input_ndims, n * n)
         if self.check:
             residual, status = outputs[3:5]
             ops.on_host(check, status, residual)
         return outputs
+
+    def _solve_fused(self, ops: Ops, inputs: Sequence[Array]) -> list[Array] | None:
+        """As `_solve`, where one kernel can solve most of the problems; None where there is none for them."""
+        admm, n_inputs = self.solvers[0], len(Problem.ndims)
+        if self.cones.rows or len(inputs) > n_inputs or not (isinstance(admm, ADMM) and admm.fused):
+            return None
+        e = ops.eps(inputs[1]) ** 0.5
+        target, accept, _ = tolerances(ops, self.eps, inputs[1])
+        settings = admm.rho, admm.sigma, admm.alpha, e, max(1e-6, e), target, accept
+        turns = min(rounds(admm), MOST_TURNS)
+        counts = admm.check_every, turns, admm.refine, admm.scaling
+        solved = ops.solve_small(inputs, settings, counts)
+        if solved is None:
+            return None
+        *solution, residual, iterations, x, v, D, E, c, cholesky, free, lower = solved
+        unique = 0 * iterations + 1
+        facts = residual, 0 * iterations + Status.SOLVED.code, iterations, unique, unique
+        root = x, v, D, E, c, cholesky, 0 * c + e, free, lower
+        rest = lambda data, _: tuple(self._solve(ops, *data))
+        return [*ops.on_rows(iterations == 0, rest, inputs, Problem.ndims, (*solution, *facts, *root))]
 
     def _solve(self, ops: Ops, P, q, A, b, l, u, *warm) -> list[Array]:
         batch = self.output_shapes([tuple(x.shape) for x in (P, q, A, b, l, u, *warm)])[0][0][0]
@@ -174,18 +199,18 @@ def _is_convex(ops: Ops, P: Array) -> Array:
 
 def _replace_non_finite(ops: Ops, problem: Problem) -> tuple[Problem, Array]:
     """The problem with zeros for NaN and infinity, and which problems (B,) had none."""
-    finite = ops.full((problem.q.shape[0],), 1.0, problem.q) > 0
-    for data, axes in zip(problem[:4], Problem.ndims, strict=False):
-        nothing = 0 * data  # in one pass; isfinite takes torch four
-        for _ in range(axes):
-            nothing = ops.sum(nothing, -1)
-        finite = finite & (nothing == 0)
-    for bound in problem.bounds:  # may be infinite
-        finite = finite & ops.all(bound == bound, -1)
-    clean = lambda *data: tuple(ops.where(ops.isfinite(x), x, 0.0) for x in data)
-    data = ops.cond(ops.all(finite), lambda *data: data, clean, *problem[:4])
-    l, u = (ops.where(bound == bound, bound, 0.0) for bound in problem.bounds)
-    return Problem(*data, l, u), finite
+    P, q, A, b, l, u = problem
+    nothing = ops.sum(0 * q, -1) + ops.sum(0 * b, -1)  # in one pass; isfinite takes torch four
+    for matrix in (P, A):
+        nothing = nothing + ops.sum(ops.sum(0 * matrix, -1), -1)
+    # Bounds may be infinite.
+    finite = (nothing == 0) & ops.all((l == l) & (u == u), -1)
+
+    def clean(*data):
+        finite = [ops.isfinite(x) for x in data[:4]] + [x == x for x in data[4:]]
+        return tuple(ops.where(good, x, 0.0) for good, x in zip(finite, data, strict=True))
+
+    return Problem(*ops.cond(ops.all(finite), lambda *data: data, clean, *problem)), finite
 
 
 FAILURE_POLICIES = ("raise", "nan", "mask", "ignore")

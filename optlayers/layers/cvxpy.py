@@ -262,6 +262,29 @@ class CvxpyProgram:
     ) -> Solution:
         """The solution for values with any batch axes in front, in the dtype of the real `like`."""
         lead = batch_shape([tuple(value.shape) for value in values], self.parameters)
+        solution = self._solution(ops, calls, layer, values, warm, like, lead, rows=True)
+        variables = self._read(ops, solution, lead, like)
+        return Solution(variables, *restore_batch(ops, solution, lead, like))
+
+    def call(
+        self,
+        ops: Ops,
+        calls: HostCalls,
+        layer: ConicLayer | SparseLayer,
+        values: Sequence[Array],
+        like: Array,
+    ) -> tuple[Array, ...]:
+        """The variables of `solve` alone, without what only the rest of it takes."""
+        lead = batch_shape([tuple(value.shape) for value in values], self.parameters)
+        rows = any(output.source != "x" for output in self.program.outputs)
+        return self._read(ops, self._solution(ops, calls, layer, values, (), like, lead, rows), lead, like)
+
+    def _read(self, ops, solution, lead, like) -> tuple[Array, ...]:
+        variables = (read(ops, output, solution) for output in self.program.outputs)
+        return tuple(restore_array(ops, x, lead, like) for x in variables)
+
+    def _solution(self, ops, calls, layer, values, warm, like, lead, rows: bool) -> ConicSolution:
+        """The solution with one batch axis; without `rows`, s and y may be those of a program with fewer."""
         flat = []
         for value, own in zip(values, self.parameters, strict=True):
             value = flatten_batch(ops, value, own.ndim)
@@ -282,12 +305,10 @@ class CvxpyProgram:
             else:
                 solution = self._solve_sparse(ops, calls, layer, data, warm)
         if self.elimination is not None:
-            solution = restore(solution, layer.is_derived(solution.status))
-        if self.ranges is not None:
+            solution = restore(solution, layer.is_derived(solution.status), rows)
+        if self.ranges is not None and rows:
             solution = self.ranges.restore(ops, solution)
-        variables = (read(ops, output, solution) for output in self.program.outputs)
-        variables = tuple(restore_array(ops, x, lead, like) for x in variables)
-        return Solution(variables, *restore_batch(ops, solution, lead, like))
+        return solution
 
     def _solve_sparse(self, ops, calls, layer, data, warm) -> ConicSolution:
         """As `layer(ops, data, *warm)`, for data of which P and A are entries."""

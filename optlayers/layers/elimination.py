@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-from ..canon.program import Program
+from ..canon.program import AffineMap, Program
 from ..linalg.kkt import Problem, matvec
-from ..ops import Array, Ops
+from ..ops import Array, Ops, numpy
 from .conic import ConicSolution
 
 LARGEST_CONDITION = 1e4  # of rows of length one; rounding in x_0 is as many times that of b
@@ -37,6 +37,7 @@ class Elimination:
         basis: N (n, n_z).
         inverse: A_E^+ (n, m_E).
         dependent: W (m_E, m_E - rank); None where the rows are independent.
+        P, A: P_z and A_z; None where they depend on parameters.
     """
 
     rows: np.ndarray
@@ -46,6 +47,8 @@ class Elimination:
     basis: np.ndarray
     inverse: np.ndarray
     dependent: np.ndarray | None
+    P: np.ndarray | None
+    A: np.ndarray | None
 
 
 def elimination(program: Program) -> Elimination | None:
@@ -54,14 +57,13 @@ def elimination(program: Program) -> Elimination | None:
     Also where they are close to dependent: x_0 would be inaccurate, and no residual of the rest shows it.
     """
     m, n = program.A.shape
-    row, column = np.divmod(program.A.positions, n)
+    row = program.A.positions // n
     is_constant = np.arange(m) < program.cones.zero
     is_constant[row[program.A.rows]] = False
     rows = np.flatnonzero(is_constant)
     if not len(rows):
         return None
-    dense = np.zeros((m, n))
-    dense[row, column] = program.A.constant
+    dense = _dense(program.A)
     A = dense[rows]
     size = np.linalg.norm(A, axis=1, keepdims=True)
     size[size == 0] = 1.0
@@ -75,16 +77,25 @@ def elimination(program: Program) -> Elimination | None:
     order = np.argsort(np.append(rows, kept))
     dependent = U[:, rank:] / size if rank < len(rows) else None
     basis = np.ascontiguousarray(Vt[rank:].T)  # torch.export warns of constants of another layout
-    return Elimination(rows, kept, bounded, order, basis, inverse, dependent)
+    P_z = None if len(program.P.rows) else _reduced_P(numpy, _dense(program.P), basis)
+    A_z = None if len(program.A.rows) else _reduced_A(numpy, dense[kept], basis)
+    return Elimination(rows, kept, bounded, order, basis, inverse, dependent, P_z, A_z)
+
+
+def _dense(affine: AffineMap) -> np.ndarray:
+    """The matrix of an affine map without its parameters."""
+    dense = np.zeros(affine.shape)
+    dense.flat[affine.positions] = affine.constant
+    return dense
 
 
 def eliminate(
     ops: Ops, plan: Elimination, data: Problem, warm: Sequence[Array]
-) -> tuple[Problem, list[Array], Callable[[ConicSolution, Array], ConicSolution]]:
+) -> tuple[Problem, list[Array], Callable[[ConicSolution, Array, bool], ConicSolution]]:
     """The program in z, an earlier (x, s, y) in its terms, and the way back from its solution.
 
-    The data have one batch axis or none, as in `ConicLayer`. The way back takes the solution and which rows
-    of the batch (B,) have derivatives.
+    The data have one batch axis or none, as in `ConicLayer`. The way back takes the solution, which rows of
+    the batch (B,) have derivatives, and whether s and y are wanted besides x.
     """
     P, q, A, b, l, u = data
     N, inverse = ops.constant(plan.basis, q), ops.constant(plan.inverse, q)
@@ -103,8 +114,8 @@ def eliminate(
     q_z = _exact(ops, gradient @ N, _size(ops, own(q)) + _size(ops, gradient))
     q_z = ops.where(ops.all(finite, -1)[:, None], q_z, ops.nan)
     b_z = _exact(ops, b_I - shift, abs(b_I) + abs(shift))
-    A_z = _exact(ops, A_I @ N, _size(ops, A_I))
-    P_z = _exact(ops, N.mT @ (P @ N), ops.amax(_size(ops, P), -2, keepdims=True))
+    A_z = _reduced_A(ops, A_I, N) if plan.A is None else ops.constant(plan.A, q)
+    P_z = _reduced_P(ops, P, N) if plan.P is None else ops.constant(plan.P, q)
     bounds = [pick(bound, plan.bounded) for bound in (l, u)]
     if W is not None:
         b_W = _exact(ops, b_E @ W, _size(ops, b_E) * _size(ops, W.mT).mT)
@@ -117,10 +128,12 @@ def eliminate(
         q_z = q_z[0] if q.ndim == 1 and P.ndim == 2 else q_z
     reduced = Problem(P_z, q_z, A_z, b_z, *bounds)
 
-    def restore(solution: ConicSolution, derived: Array) -> ConicSolution:
+    def restore(solution: ConicSolution, derived: Array, rows: bool) -> ConicSolution:
         mask = lambda value: ops.where(derived[:, None], value, ops.stop_gradient(value))
-        w, y = solution.y[:, :k], solution.y[:, k:]
         x = solution.x @ N.mT + mask(0 * solution.x[:, :1] + x_0)
+        if not rows:
+            return solution._replace(x=x)
+        w, y = solution.y[:, :k], solution.y[:, k:]
         y_E = -(matvec(P, x) + own(q) + matvec(A_I.mT, y)) @ inverse
         y_E = mask(y_E if W is None else y_E + w @ W.mT)
         s, y = (pick(ops.concat(parts, -1), plan.order) for parts in ((0 * y_E, solution.s[:, k:]), (y_E, y)))
@@ -131,6 +144,14 @@ def eliminate(
         s, y = (ops.concat([zeros(*z.shape[:-1], k), pick(z, plan.kept)], -1) for z in (s, y))
         warm = [x @ N, s, y]
     return reduced, list(warm), restore
+
+
+def _reduced_A(ops: Ops, A_I: Array, N: Array) -> Array:
+    return _exact(ops, A_I @ N, _size(ops, A_I))
+
+
+def _reduced_P(ops: Ops, P: Array, N: Array) -> Array:
+    return _exact(ops, N.mT @ (P @ N), ops.amax(_size(ops, P), -2, keepdims=True))
 
 
 def _size(ops: Ops, x: Array) -> Array:

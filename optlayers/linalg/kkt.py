@@ -18,6 +18,7 @@ matrix is shared by the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..cones import Cones
@@ -110,19 +111,21 @@ def factorize_at(ops: Ops, cones: Cones, problem: Problem, linearization: Any, e
     return Factor(ops.cholesky(ops.add_diagonal(batched(problem.P) + AtTA, e)), linearization, e)
 
 
-def solve(
-    ops: Ops, cones: Cones, A: Array, factor: Factor, F: tuple[Array, Array], transposed: bool = False
-) -> tuple[Array, Array]:
-    """(dx, dv) with J (dx, dv) = -F up to the regularisation, or the transpose of that map."""
-    weigh = lambda u: spectral(ops, cones, factor.linearization, lambda d: (1 - d) / (d + factor.e), u)
+def inverse(ops: Ops, cones: Cones, A: Array, factor: Factor, transposed: bool = False) -> Callable:
+    """The map from F to (dx, dv) with J (dx, dv) = -F up to the regularisation, or the transpose of it."""
+    weigh = spectral(ops, cones, factor.linearization, lambda d: (1 - d) / (d + factor.e))
     invert = lambda r: ops.cholesky_solve(factor.cholesky, r[..., None])[..., 0]
-    if transposed:
-        F2 = F[1] + weigh(F[1])
-        dx = invert(matvec(A.mT, F2) - F[0])
-        return dx, weigh(matvec(A, dx)) - F2
-    dx = invert(-F[0] - matvec(A.mT, weigh(F[1])))
-    ds = -F[1] - matvec(A, dx)
-    return dx, ds + weigh(ds)
+
+    def solve(F):
+        if transposed:
+            F2 = F[1] + weigh(F[1])
+            dx = invert(matvec(A.mT, F2) - F[0])
+            return dx, weigh(matvec(A, dx)) - F2
+        dx = invert(-F[0] - matvec(A.mT, weigh(F[1])))
+        ds = -F[1] - matvec(A, dx)
+        return dx, ds + weigh(ds)
+
+    return solve
 
 
 def apply(
@@ -136,11 +139,11 @@ def apply(
     transposed: bool = False,
 ) -> tuple[Array, Array]:
     """The exact J (dx, dv), or with the transpose of J."""
+    D = spectral(ops, cones, linearization, lambda d: d)
     if transposed:
         Adx = matvec(A, dx)
-        image = spectral(ops, cones, linearization, lambda d: d, Adx + dv)
-        return matvec_symmetric(P, dx) + matvec(A.mT, dv), image - Adx
-    ds = spectral(ops, cones, linearization, lambda d: d, dv)
+        return matvec_symmetric(P, dx) + matvec(A.mT, dv), D(Adx + dv) - Adx
+    ds = D(dv)
     return matvec_symmetric(P, dx) + matvec(A.mT, ds - dv), matvec(A, dx) + ds
 
 
@@ -153,11 +156,12 @@ def solve_refined(
     F: tuple[Array, Array],
     transposed: bool = False,
 ) -> tuple[Array, Array]:
-    """As `solve`, followed by one step of iterative refinement with the exact J.
+    """(dx, dv) with J (dx, dv) = -F: `inverse`, and one step of iterative refinement with the exact J.
 
     The regularisation e leaves a relative error of order e times the condition number; the step squares it.
     """
-    dx, dv = solve(ops, cones, A, factor, F, transposed)
+    solve = inverse(ops, cones, A, factor, transposed)
+    dx, dv = solve(F)
     J1, J2 = apply(ops, cones, P, A, factor.linearization, dx, dv, transposed)
-    ddx, ddv = solve(ops, cones, A, factor, (F[0] + J1, F[1] + J2), transposed)
+    ddx, ddv = solve((F[0] + J1, F[1] + J2))
     return dx + ddx, dv + ddv

@@ -59,13 +59,15 @@ def unflatten(cones: Cones, arrays: list[Array]) -> Linearization:
     return Linearization(arrays[0], arrays[1], curved.unflatten(cones, arrays[2:]))
 
 
-def spectral(ops: Ops, cones: Cones, lin: Linearization, g: Callable[[Array], Array], u: Array) -> Array:
-    """g(D) u for u (B, m)."""
-    k = lin.free.shape[-1]
-    head = g(lin.free) * u[:, :k]
+def spectral(
+    ops: Ops, cones: Cones, lin: Linearization, g: Callable[[Array], Array]
+) -> Callable[[Array], Array]:
+    """The map from u (B, m) to g(D) u."""
+    k, weights = lin.free.shape[-1], g(lin.free)
     if not cones.rows:
-        return head
-    return ops.concat([head, curved.spectral(ops, cones, lin.cones, g, u[:, k:])], -1)
+        return lambda u: weights * u
+    tail = lambda u: curved.spectral(ops, cones, lin.cones, g, u)
+    return lambda u: ops.concat([weights * u[:, :k], tail(u[:, k:])], -1)
 
 
 def gram(ops: Ops, A: Array, weights: Array) -> Array:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..cones import Cones
 from ..ops import Array, Ops, select
-from .kkt import Factor, Problem, apply, factorize, norm, solve, solve_refined
+from .kkt import Factor, Problem, apply, factorize, inverse, norm, solve_refined
 from .rows import spectral
 
 # Power of the rounding unit: M J M amplifies rounding by 1 / e twice, and its bias is of order e^3.
@@ -52,8 +52,8 @@ def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[Ar
     dx, dv = z0[:, :n], z0[:, n:]
     r = apply(ops, cones, problem.P, problem.A, factor.linearization, dx, dv)
     x, v = solve_refined(ops, cones, problem.P, problem.A, factor, r)
-    y_error = spectral(ops, cones, factor.linearization, lambda d: 1 - d, v + dv)  # dy = (D - I) dv
-    return norm(ops, x + dx), norm(ops, y_error)
+    dy = spectral(ops, cones, factor.linearization, lambda d: 1 - d)  # of dv, with the other sign
+    return norm(ops, x + dx), norm(ops, dy(v + dv))
 
 
 def solve_sensitivity(
@@ -70,7 +70,7 @@ def solve_sensitivity(
 
     With `transposed`, the transpose of that map.
     """
-    M = lambda F: solve(ops, cones, A, factor, F, transposed)
+    M = inverse(ops, cones, A, factor, transposed)
     J = lambda d: apply(ops, cones, P, A, factor.linearization, *d, transposed)
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])
 

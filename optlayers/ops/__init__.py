@@ -186,6 +186,15 @@ class Ops(Protocol):
         """
         ...
 
+    def solve_small(
+        self, inputs: Sequence[Array], settings: Sequence[float], counts: Sequence[int]
+    ) -> list[Array] | None:
+        """Solutions of small quadratic programs by one kernel; None where there is none for these inputs.
+
+        See `optlayers.ops.torch.fused.solve`.
+        """
+        ...
+
     def cond_or_both(self, condition: Array, both: Callable, false: Callable, operand: Any) -> Any:
         """`false(operand)` where `condition` is known to be false, or at run time; else `both(operand)`.
 

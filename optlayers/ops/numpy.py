@@ -157,6 +157,10 @@ def in_blocks(function, arrays, ndims, size, run=map, threads=1):
     return [np.concatenate(outputs) for outputs in zip(*results, strict=True)]
 
 
+def solve_small(inputs, settings, counts):
+    return None
+
+
 def on_host(function, *arrays):
     function(*arrays)
 

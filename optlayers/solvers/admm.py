@@ -58,6 +58,8 @@ class ADMM:
         alpha: over-relaxation, in (0, 2).
         refine: Newton steps tried at each check; see `optlayers.solvers.refinement`.
         scaling: equilibration passes.
+        fused: quadratic programs of at most 64 variables and rows are solved in one kernel of Triton, where
+            they are PyTorch's on CUDA; elsewhere it has no effect. The first call compiles it, for seconds.
 
     Example:
         >>> import torch
@@ -74,6 +76,7 @@ class ADMM:
     alpha: float = 1.6
     refine: int = 5
     scaling: int = 5
+    fused: bool = False
 
     def init(self, ops: Ops, cones: Cones, problem: Problem, x: Array, v: Array, active: Array) -> _AdmmState:
         rho = ops.full((x.shape[0], 1), self.rho, x)
@@ -84,22 +87,25 @@ class ADMM:
 
     def step(self, ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> _AdmmState:
         """`check_every` iterations, after adapting the penalty."""
-        state = self._adapt(ops, cones, problem, state)
+        # Before the first chunk there is nothing to balance.
+        adapt = lambda state: self._adapt(ops, cones, problem, state)
+        state = ops.cond(ops.any(state.dx != 0), adapt, lambda state: state, state)
         R, (values, V, U, UUt) = self._penalties(ops, problem, state.rho), state.factor
         inverse = 1 / (1 + state.rho * values)
         center = inverse * matvec(V.mT, self.sigma * state.x - problem.q)
-        moved = matvec(U, center)
         # A times what a force on the rows adds to x
         response = lambda r: matvec_symmetric(*UUt, r) if UUt else matvec(U, inverse * matvec(U.mT, r))
+        weights = self.alpha * R
+        constant = self.alpha * (problem.b - matvec(U, center)) - response(weights * problem.b)
 
         def iterate(carry):
             w, s, _ = carry
-            force = R * (problem.b - 2 * s + w)
-            w = w + self.alpha * (problem.b - moved - response(force) - s)
-            return w, project(ops, cones, problem.bounds, w), force
+            mirrored = s + s - w
+            w = w - self.alpha * s + (constant + response(weights * mirrored))
+            return w, project(ops, cones, problem.bounds, w), mirrored
 
-        w, s, force = ops.repeat(self.check_every, iterate, (state.w, state.s, state.w))
-        x = matvec(V, center + inverse * matvec(U.mT, force))
+        w, s, mirrored = ops.repeat(self.check_every, iterate, (state.w, state.s, state.w))
+        x = matvec(V, center + inverse * matvec(U.mT, R * (problem.b - mirrored)))
         dy = R * (s - w) - R * (state.s - state.w)
         return state._replace(x=x, w=w, s=s, dx=x - state.x, dy=dy)
 
@@ -124,7 +130,7 @@ class ADMM:
         dual = norm(ops, Px + problem.q + Aty) / largest(Px, problem.q, Aty)
         tiny = ops.eps(primal)
         ratio = ops.sqrt((primal + tiny) / (dual + tiny))[:, None]
-        # Before the first chunk there is nothing to balance; later, small changes are not worth a factor.
+        # Small changes are not worth a factor.
         started = ops.any(state.dx != 0, -1)[:, None]
         change = started & ((ratio > 3) | (ratio < 1 / 3)) & ops.isfinite(ratio)
         rho = ops.where(change, ops.minimum(ops.maximum(state.rho * ratio, 1e-6), 1e6), state.rho)

@@ -25,11 +25,33 @@ class Point(NamedTuple):
     factor: Factor
 
 
-def evaluate(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Array, v: Array):
-    """F at (x, v), the larger of its two relative residuals in the units of the user's problem, D at v.
+class Units(NamedTuple):
+    """What residuals are relative to: they are small where `dual` F_1 and `primal` F_2 are.
 
-    The primal one is relative to the larger of b and A x, plus 1, or plus b where that is smaller and not
-    zero: tiny data are as accurate as others. The dual one likewise, with q and A'y.
+    dual (B, n) and primal (B, m) bring them to the units of the user's problem, where q and b have the sizes
+    of `given` (B, 2) and 1 stands for `one` (B, 2): for the size where it is smaller and not zero, so that
+    tiny data are as accurate as others.
+    """
+
+    dual: Array
+    primal: Array
+    given: Array
+    one: Array
+
+    ndims = 1, 1, 1, 1  # without a batch axis
+
+
+def units(ops: Ops, problem: Problem, scaling: Scaling) -> Units:
+    dual, primal = 1 / (scaling.c * scaling.D), 1 / scaling.E
+    given = ops.stack([norm(ops, problem.q * dual), norm(ops, problem.b * primal)], -1)
+    one = ops.where(given > 0, ops.minimum(ops.maximum(given, 1e-12), 1.0), 1.0)
+    return Units(dual, primal, given, one)
+
+
+def evaluate(ops: Ops, cones: Cones, problem: Problem, units: Units, x: Array, v: Array):
+    """F at (x, v), the larger of its two relative residuals, and D at v.
+
+    The primal one is relative to the larger of b and A x, plus one; the dual one to that of q and A'y.
     """
     linearization = linearize(ops, cones, problem.bounds, v)
     # As `project`, but with the roots and eigenvectors that were found just now.
@@ -37,27 +59,22 @@ def evaluate(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Arra
     Px = matvec_symmetric(problem.P, x)
     Aty, Ax = matvec(problem.A.mT, s - v), matvec(problem.A, x)
     F = Px + problem.q + Aty, Ax + s - problem.b
-    dual_unit, primal_unit = 1 / (scaling.c * scaling.D), 1 / scaling.E
-    dual = _relative(ops, F[0] * dual_unit, problem.q * dual_unit, Aty * dual_unit)
-    primal = _relative(ops, F[1] * primal_unit, problem.b * primal_unit, Ax * primal_unit)
-    error = ops.where(_is_resolved(ops, cones, problem, scaling, s), ops.maximum(dual, primal), ops.inf)
+    pairs = ((F[0], Aty, units.dual), (F[1], Ax, units.primal))
+    residual, term = (ops.stack([norm(ops, pair[i] * pair[2]) for pair in pairs], -1) for i in (0, 1))
+    error = ops.amax(residual / (units.one + ops.maximum(units.given, term)), -1)
+    if cones.rows:
+        error = ops.where(_is_resolved(ops, problem, units, s), error, ops.inf)
     return F, error, linearization
 
 
-def _relative(ops: Ops, residual: Array, data: Array, term: Array) -> Array:
-    given = norm(ops, data)
-    unit = ops.where(given > 0, ops.minimum(ops.maximum(given, 1e-12), 1.0), 1.0)
-    return norm(ops, residual) / (unit + ops.maximum(given, norm(ops, term)))
-
-
-def _is_resolved(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, s: Array) -> Array:
+def _is_resolved(ops: Ops, problem: Problem, units: Units, s: Array) -> Array:
     """Whether the curved cones still see the data (B,): beside a slack of size 1 / sqrt(eps) they vanish.
 
     Projections square their arguments, so that there, in |(1, x)| <= x say, any x would do: the iterates of
     a problem that is infeasible by less than any number would pass for a solution.
     """
-    size, data = norm(ops, (s / scaling.E)[:, problem.l.shape[-1] :]), norm(ops, problem.b / scaling.E)
-    return ops.eps(s) ** 0.5 * size <= 1 + data
+    size = norm(ops, (s * units.primal)[:, problem.l.shape[-1] :])
+    return ops.eps(s) ** 0.5 * size <= 1 + units.given[:, 1]
 
 
 def smallest_regularization(ops: Ops, x: Array) -> float:
@@ -88,14 +105,14 @@ def refine(
 
     def step(data, state):
         best, needed, (x, v), (F, error, linearization) = state
-        problem, scaling = Problem(*data[:6]), Scaling(*data[6:])
+        problem, units = Problem(*data[:6]), Units(*data[6:])
         # Between bounds F is linear: a step on the right active set is exact but for the regularisation. On
         # curved cones a step from far away with little of it goes astray.
         e = ops.maximum(0.01 * error, floor) if cones.rows else ops.full(error.shape, floor, error)
         factor = factorize_at(ops, cones, problem, linearization, ops.minimum(e, 0.01)[:, None])
         dx, dv = solve_refined(ops, cones, problem.P, problem.A, factor, F)
         x, v = x + dx, v + dv
-        F, error, linearization = evaluate(ops, cones, problem, scaling, x, v)
+        F, error, linearization = evaluate(ops, cones, problem, units, x, v)
         # A problem that has reached the target stays as it is, whatever the rest of the batch still needs.
         better = needed & (error < best.residual)
         best = select(ops, better, Point(x, v, error, factor), best)
@@ -103,10 +120,11 @@ def refine(
 
     def body(carry):
         k, state = carry
-        data = *problem, *scaling
-        return k + 1, ops.on_rows(state[1], step, data, (*Problem.ndims, *Scaling.ndims), state)
+        data, ndims = (*problem, *relative_to), (*Problem.ndims, *Units.ndims)
+        return k + 1, ops.on_rows(state[1], step, data, ndims, state)
 
-    F, error, linearization = evaluate(ops, cones, problem, scaling, *start)
+    relative_to = units(ops, problem, scaling)
+    F, error, linearization = evaluate(ops, cones, problem, relative_to, *start)
     # The factor kept is none of this point; e = 1 says so, where it counts (`linalg.sensitivity.prepare`).
     better = needs_step(best) & (error < best.residual)
     kept = best.factor._replace(e=ops.where(better[:, None], 1.0, best.factor.e))

@@ -39,14 +39,17 @@ def equilibrate(
     batch = max(M.shape[0] if M.ndim == 3 else 1 for M in (P2, A2))
     D = ops.full((batch, P2.shape[-1]), 1.0, problem.q)
     # Rows first: a row 1e8 times longer than the others would otherwise shrink the columns that it meets.
-    E = _inverse_fourth_root(ops, _cone_means(ops, cones, matvec(A2, D))) ** 2
+    rows = _cone_means(ops, cones, matvec(A2, D))
+    no_row = ops.cast(rows <= 0, D)  # added, so that rows and columns of zeros stay as they are
+    E = 1 / ops.sqrt(rows + no_row)
+    no_column = ops.cast(matvec_symmetric(P2, D) + matvec(A2.mT, E) <= 0, D)
 
     def balance(state):
         D, E = state
         D2, E2 = D * D, E * E
-        columns = D2 * (matvec_symmetric(P2, D2) + matvec(A2.mT, E2))
-        rows = _cone_means(ops, cones, E2 * matvec(A2, D2))
-        return D * _inverse_fourth_root(ops, columns), E * _inverse_fourth_root(ops, rows)
+        columns = D2 * (matvec_symmetric(P2, D2) + matvec(A2.mT, E2)) + no_column
+        rows = _cone_means(ops, cones, E2 * matvec(A2, D2)) + no_row
+        return D / ops.sqrt(ops.sqrt(columns)), E / ops.sqrt(ops.sqrt(rows))
 
     D, E = ops.repeat(passes, balance, (D, E))
     q, is_shared = D * problem.q, problem.P.ndim == 2 and batch == 1
@@ -82,10 +85,6 @@ def _cost_scale(ops: Ops, columns: Array | None, q: Array, is_shared: bool) -> A
 def _scale_matrix(M: Array, left: Array, right: Array) -> Array:
     scaled = left[..., :, None] * (M[None] if M.ndim == 2 else M) * right[..., None, :]
     return scaled[0] if M.ndim == 2 and scaled.shape[0] == 1 else scaled
-
-
-def _inverse_fourth_root(ops: Ops, x: Array) -> Array:
-    return ops.where(x > 0, 1 / ops.sqrt(ops.sqrt(ops.where(x > 0, x, 1.0))), 1.0)
 
 
 def _cone_means(ops: Ops, cones: Cones, rows: Array) -> Array:

@@ -25,7 +25,7 @@ from ..linalg.sparse import HOST, REGULARIZATION, HostMatrix, SparseFactor, deri
 from ..status import Status, is_usable
 from .base import RUNNING, Direction, Progress, certify, conclude, tolerances
 from .host import Host, _program
-from .refinement import Point, evaluate
+from .refinement import Point, evaluate, units
 from .scaling import Scaling
 
 # Arrays that describe P and A, in front of all others.
@@ -175,10 +175,6 @@ class _LaneSolve(NamedTuple):
     problem: Problem
 
     @property
-    def unscaled(self) -> Scaling:
-        return Scaling(*(np.ones((1, k)) for k in (self.settings.n, self.settings.m, 1)))
-
-    @property
     def nothing(self) -> Point:
         """A point that any other is better than."""
         factor: Any = None
@@ -225,10 +221,12 @@ class _LaneSolve(NamedTuple):
         """The better of `best` and of the Newton iterates from `start`, as `newton.refine`; and the steps."""
         settings, (P, _, A, *_) = self.settings, self.problem
         target, *_ = tolerances(HOST, settings.eps, self.problem.q)
+        unscaled = Scaling(*(np.ones((1, k)) for k in (settings.n, settings.m, 1)))
+        relative_to = units(HOST, self.problem, unscaled)
         factor: Any = None
         x, v = start
         for count in range(steps + 1):
-            F, error, linearization = evaluate(HOST, settings.cones, self.problem, self.unscaled, x, v)
+            F, error, linearization = evaluate(HOST, settings.cones, self.problem, relative_to, x, v)
             if error[0] < best.residual[0]:
                 best = Point(x, v, error, factor)
             if best.residual[0] <= target or count == steps or not np.isfinite(error[0]):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..numpy import batch_of
+from ..numpy import batch_of, solve_small  # noqa: F401
 from .context import steady
 
 # Of the largest array in a block, and the most rows: a small block waits for fewer problems that need long.

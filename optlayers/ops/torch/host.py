@@ -7,23 +7,82 @@ A small operation takes NumPy a third of torch's time, and OpenBLAS half of MKL'
 
 from __future__ import annotations
 
+import builtins
 import contextvars
 import functools
 import itertools
+import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import Leaf, numpy
 from ..numpy import *
 from . import arrays
+from .context import is_dual
+
+real, imag = np.real, np.imag
 
 
 def serves(solve: Leaf, inputs: list[Tensor]) -> bool:
     return solve.in_numpy and inputs[0].device.type == "cpu"
+
+
+# Numbers in the arguments of a call: with more, tensors are as fast, and use several threads.
+SMALL = 2**17
+_DTYPES = torch.float32, torch.float64, torch.complex64, torch.complex128
+
+
+def serves_call(tensors: Sequence[Tensor]) -> bool:
+    """Whether NumPy gives all that is asked of a call with these arguments: values, without derivatives."""
+    is_plain = not (torch.compiler.is_compiling() or is_dual())
+    needs_grad = torch.is_grad_enabled() and builtins.any(x.requires_grad for x in tensors)
+    return (
+        is_plain
+        and not needs_grad
+        and builtins.all(type(x) in (Tensor, Parameter) and x.is_cpu and x.dtype in _DTYPES for x in tensors)
+        and builtins.sum(x.numel() for x in tensors) <= SMALL
+    )
+
+
+def call(method, program, *args) -> Any:
+    """The result of `method(program, ops, *args)`, for tensors in and out."""
+    inputs = []
+
+    def to_array(x):
+        if not isinstance(x, Tensor):
+            return x
+        inputs.append(x.numpy(force=True))
+        return inputs[-1]
+
+    results = []
+    with np.errstate(all="ignore"):
+        tree = method(program, sys.modules[__name__], *numpy.tree_map(to_array, args))
+    numpy.tree_map(results.append, tree)
+    tensors = iter(to_tensors(results, inputs))
+    return numpy.tree_map(lambda _: next(tensors), tree)
+
+
+def leaf(solve, inputs):
+    return solve(sys.modules[__name__], *inputs)
+
+
+def deferred(function, order, values, inputs, constants):
+    return values
+
+
+def complex_number(x, y):
+    return x + 1j * y
+
+
+def widest(x):
+    return np.asarray(x, complex if np.iscomplexobj(x) else float)
 
 
 def cholesky_solve(factor, rhs):
