@@ -30,7 +30,7 @@ def eps(x):
 
 
 def cast(x, like):
-    return x.astype(like.dtype)
+    return x.astype(np.result_type(like.dtype, np.complex64) if np.iscomplexobj(x) else like.dtype)
 
 
 def to_int(x):

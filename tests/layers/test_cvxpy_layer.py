@@ -13,6 +13,7 @@ from checks import (
     directional_derivatives,
     solve_exactly,
 )
+from cone_problems import CONE_FAMILIES
 from frontends import FRONTENDS
 from problems import FAMILIES, Program, lane, lp, qp, random_lp, random_qp, values_of
 
@@ -134,3 +135,30 @@ def test_large_quadratic_programs(frontend, rng):
 def test_large_linear_programs(frontend, rng):
     sizes = 100, 120, 20
     check_known(frontend, lp(*sizes), [random_lp(rng, *sizes) for _ in range(128)], 1e-7)
+
+
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, "entropy", "sdp", "geometric", "complex_fit", "second_order_cones"]
+)
+def test_small_calls_without_derivatives(monkeypatch, name):
+    """They stay in NumPy from end to end, with the results of tensors."""
+    pytest.importorskip("torch")
+    from torch.utils._pytree import tree_leaves
+
+    from optlayers.ops.torch import host
+
+    torch_frontend = FRONTENDS["torch"]()
+    family = (FAMILIES | CONE_FAMILIES)[name]()
+    gp = getattr(family, "gp", False)
+    layer = torch_frontend.CvxpyLayer(family.problem, family.parameters, family.variables, gp=gp)
+    values = [torch_frontend.array(value) for value in family.batch(np.random.default_rng(0), 2)]
+    calls, call = [], host.call
+    monkeypatch.setattr(host, "call", lambda *args: calls.append(args) or call(*args))
+    results = [layer(*values), (solution := layer.solve(*values)), layer.solve(*values, warm_start=solution)]
+    assert len(calls) == 3
+    monkeypatch.setattr(host, "serves_call", lambda tensors: False)
+    expected = [layer(*values), layer.solve(*values), layer.solve(*values, warm_start=solution)]
+    assert len(calls) == 3
+    for actual, other in zip(tree_leaves(results), tree_leaves(expected), strict=True):
+        assert actual.dtype == other.dtype and actual.shape == other.shape
+        assert_close(1.0 * actual.numpy(), 1.0 * other.numpy(), 1e-9)
