@@ -15,6 +15,7 @@ where, maximum, minimum, eye = np.where, np.maximum, np.minimum, lambda n, like:
 sum, any, all, reshape, broadcast_to = np.sum, np.any, np.all, np.reshape, np.broadcast_to
 concat, stack = np.concatenate, np.stack
 inf, nan = np.inf, np.nan
+holds = bool
 
 
 def constant(values, like):

@@ -87,9 +87,8 @@ class ADMM:
 
     def step(self, ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> _AdmmState:
         """`check_every` iterations, after adapting the penalty."""
-        # Before the first chunk there is nothing to balance.
-        adapt = lambda state: self._adapt(ops, cones, problem, state)
-        state = ops.cond(ops.any(state.dx != 0), adapt, lambda state: state, state)
+        if not ops.holds(ops.all(state.dx == 0)):  # before the first chunk there is nothing to balance
+            state = self._adapt(ops, cones, problem, state)
         R, (values, V, U, UUt) = self._penalties(ops, problem, state.rho), state.factor
         inverse = 1 / (1 + state.rho * values)
         center = inverse * matvec(V.mT, self.sigma * state.x - problem.q)
