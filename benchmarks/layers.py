@@ -22,6 +22,7 @@ with Clarabel.
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -50,12 +51,12 @@ FIRST_CALL_LIMIT = 90  # seconds
 # solution (B, ...), and `both`, to the gradients.
 
 
-def _torch_calls(layer, values, weights):
+def _torch_calls(layer, values, weights, device="cpu"):
     import torch
 
-    values = [torch.tensor(value) for value in values]
+    values = [torch.tensor(value, device=device) for value in values]
     leaves = [value.clone().requires_grad_() for value in values]
-    weights = torch.tensor(weights)
+    weights = torch.tensor(weights, device=device)
 
     def forward():
         with torch.no_grad():
@@ -105,8 +106,8 @@ def cvxpylayers_with(solver):
     return make
 
 
-def moreau(problem, parameters, variable, values, weights):
-    """Its native interface, on the cone program that CVXPY makes of the problem."""
+def moreau(problem, parameters, variable, values, weights, device="cpu"):
+    """Its native interface on "cpu" or "cuda", on the cone program that CVXPY makes of the problem."""
     import moreau
     import torch
     from moreau.torch import Solver
@@ -124,7 +125,7 @@ def moreau(problem, parameters, variable, values, weights):
     # Cones in Moreau's order: those of the programs here are the same.
     # What it would choose for W3, its active-set method, takes 50 times as long there.
     solver = "ipm" if n > 200 else "auto"
-    settings = moreau.Settings(solver=solver, device="cpu", batch_size=batch, enable_grad=True)
+    settings = moreau.Settings(solver=solver, device=device, batch_size=batch, enable_grad=True)
     names = {"num_zero_cones": cones.zero, "num_nonneg_cones": cones.nonneg, "num_exp_cones": cones.exp}
     if cones.soc:
         names["so_cone_dims"] = list(cones.soc)
@@ -144,11 +145,12 @@ def moreau(problem, parameters, variable, values, weights):
         P, q, A, b = assemble(ops, flat, splits(flat, (True,) * len(values)), rows, values[0])
         q, b = (z.expand(batch, z.shape[-1]) for z in (q, b))
         P = P.expand(batch, -1) if A.ndim > P.ndim else P
-        x = solver.solve(P, A, q, b).x
+        # On CUDA its derivative reads freed copies of what is not contiguous (0.4.1).
+        x = solver.solve(*(z.contiguous() for z in (P, A, q, b))).x
         solution = ConicSolution(x, *[None] * 6)
         return read(ops, made.outputs[0], solution)
 
-    return _torch_calls(layer, values, weights)
+    return _torch_calls(layer, values, weights, device)
 
 
 class _Quadratic:
@@ -204,8 +206,8 @@ def proxsuite(problem, parameters, variable, values, weights):
     return _torch_calls(layer, values, weights)
 
 
-def _jax_calls(solve, problem, parameters, variable, values, weights):
-    """`solve` is (P, q, A, b, G, h) of one problem to x."""
+def _jax_calls(solve, problem, parameters, variable, values, weights, device=None):
+    """`solve` is (P, q, A, b, G, h) of one problem to x; without a device it runs on JAX's own choice."""
     import jax
 
     from optlayers.ops import jax as ops
@@ -213,16 +215,16 @@ def _jax_calls(solve, problem, parameters, variable, values, weights):
     jax.config.update("jax_enable_x64", True)
     quadratic = _Quadratic(ops, problem, parameters, variable)
     layer = lambda *v: quadratic.read(jax.vmap(solve)(*quadratic.data(v)))
-    values = [jax.numpy.asarray(value) for value in values]
+    values = [jax.device_put(value, device) for value in values]
     forward = jax.jit(layer)
     both = jax.jit(jax.grad(lambda *v: (layer(*v) * weights).sum(), argnums=tuple(range(len(values)))))
     return lambda: jax.block_until_ready(forward(*values)), lambda: jax.block_until_ready(both(*values))
 
 
-def qpax(*workload):
+def qpax(*workload, device=None):
     import qpax
 
-    return _jax_calls(qpax.solve_qp_primal, *workload)
+    return _jax_calls(qpax.solve_qp_primal, *workload, device=device)
 
 
 def jaxopt_osqp(*workload):
@@ -415,7 +417,8 @@ def brief(rows):
 def write(path, title, rows, names):
     """The report of the rows so far. The landing page shows what stands between the marks."""
     packages = sorted({p for name in names for p in LAYERS[name][1]} | {"cvxpy", "numpy"})
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+    installed = [p for p in packages if importlib.util.find_spec(p)]
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in installed)
     place = f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, one thread"
     place += f", load average {os.getloadavg()[2]:.0f}, {versions}"
     source = f"Written by `benchmarks/layers.py` on {place}."
