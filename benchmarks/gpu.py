@@ -125,7 +125,7 @@ class Jax:
 
 
 class Fused(Torch):
-    """With one kernel for small programs, of which W2 has some; on a CPU there is none."""
+    """With one kernel for small programs, such as those of W2; on a CPU there is none."""
 
     settings = {"fused": True}
 

@@ -162,3 +162,18 @@ def test_small_calls_without_derivatives(monkeypatch, name):
     for actual, other in zip(tree_leaves(results), tree_leaves(expected), strict=True):
         assert actual.dtype == other.dtype and actual.shape == other.shape
         assert_close(1.0 * actual.numpy(), 1.0 * other.numpy(), 1e-9)
+
+
+def test_recorded_calls_hold_no_numbers():
+    """Where torch records operations, small calls are made of them: not of arrays, which it does not see."""
+    torch = pytest.importorskip("torch")
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    family = qp()
+    layer = FRONTENDS["torch"]().CvxpyLayer(family.problem, family.parameters, family.variables)
+    values, others = (
+        [torch.tensor(value) for value in family.batch(np.random.default_rng(seed), 2)] for seed in (0, 1)
+    )
+    recorded = make_fx(lambda *values: layer(*values))(*values)
+    for actual, expected in zip(recorded(*others), layer(*others), strict=True):
+        assert_close(actual.numpy(), expected.numpy(), 1e-12)

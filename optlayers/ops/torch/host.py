@@ -41,7 +41,8 @@ _DTYPES = torch.float32, torch.float64, torch.complex64, torch.complex128
 
 def serves_call(tensors: Sequence[Tensor]) -> bool:
     """Whether NumPy gives all that is asked of a call with these arguments: values, without derivatives."""
-    is_plain = not (torch.compiler.is_compiling() or is_dual())
+    is_traced = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    is_plain = not (torch.compiler.is_compiling() or is_traced or is_dual())
     needs_grad = torch.is_grad_enabled() and builtins.any(x.requires_grad for x in tensors)
     return (
         is_plain
