@@ -1,6 +1,7 @@
 """Checks the library on a GPU, then times it beside its peers and what the device could do at best.
 
-    python benchmarks/gpu.py [--device cuda] [--batch 4096] [--frameworks torch jax Moreau qpax] [--no-tests]
+    python benchmarks/gpu.py [--device cuda] [--batch 4096] [--no-tests]
+                             [--frameworks torch "torch, fused" jax Moreau qpax]
 
 The tests marked `gpu` come first. Then dense programs, simplex projections and predictive control of
 `benchmarks/layers.py` (W1, W2, W3), forward and backward, all on the device: through `CvxpyLayer` in torch,

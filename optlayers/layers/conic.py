@@ -112,14 +112,13 @@ class ConicSolve:
 
     def _solve_fused(self, ops: Ops, inputs: Sequence[Array]) -> list[Array] | None:
         """As `_solve`, where one kernel can solve most of the problems; None where there is none for them."""
-        admm, n_inputs = self.solvers[0], len(Problem.ndims)
-        if self.cones.rows or len(inputs) > n_inputs or not (isinstance(admm, ADMM) and admm.fused):
+        admm, is_warm = self.solvers[0], len(inputs) > len(Problem.ndims)
+        if self.cones.rows or is_warm or not (isinstance(admm, ADMM) and admm.fused):
             return None
         e = ops.eps(inputs[1]) ** 0.5
         target, accept, _ = tolerances(ops, self.eps, inputs[1])
         settings = admm.rho, admm.sigma, admm.alpha, e, max(1e-6, e), target, accept
-        turns = min(rounds(admm), MOST_TURNS)
-        counts = admm.check_every, turns, admm.refine, admm.scaling
+        counts = admm.check_every, min(rounds(admm), MOST_TURNS), admm.refine, admm.scaling
         solved = ops.solve_small(inputs, settings, counts)
         if solved is None:
             return None

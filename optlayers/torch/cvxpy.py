@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +103,7 @@ class CvxpyLayer(torch.nn.Module):
     def _run(self, method, params, solver_args, *more) -> Any:
         program = self._program
         layer, like = program.layer(solver_args), _like(params, program.parameters)
-        run = partial(_on_host, method) if program.is_sparse else method
+        run = functools.partial(_on_host, method) if program.is_sparse else method
         try:
             is_dense = not program.is_sparse and layer.gradient is None
             if is_dense and host.serves_call([x for part in (params, *more) for x in part]):

@@ -3,13 +3,14 @@
 Run by `test_fused.py` in a process of its own: the interpreter has to be chosen before Triton is imported.
 """
 
+import cvxpy as cp
 import numpy as np
 import pytest
 import torch
 
 from optlayers.ops import torch as ops
 from optlayers.ops.torch import fused
-from optlayers.torch import ADMM, Status, solve_qp
+from optlayers.torch import ADMM, CvxpyLayer, Status, solve_qp
 
 FUSED = ADMM(fused=True)
 # Of NaN and the like, about which a GPU says nothing.
@@ -30,7 +31,7 @@ def interpreted(monkeypatch):
     return calls
 
 
-def programs(batch, n, m, dtype=torch.float64):
+def programs(batch, n, m):
     """Convex programs with equalities, one-sided, two-sided and free rows, and a feasible point."""
     rng = np.random.default_rng(0)
     root, q, A = (rng.standard_normal(shape) for shape in ((batch, n, n), (batch, n), (batch, m, n)))
@@ -39,7 +40,7 @@ def programs(batch, n, m, dtype=torch.float64):
     u[:, 0] = l[:, 0] = at[:, 0]
     l[:, 1], u[:, 2], l[:, 3], u[:, 3] = -np.inf, np.inf, -np.inf, np.inf
     P = root @ root.swapaxes(1, 2) / n + 0.1 * np.eye(n)
-    return [torch.tensor(x, dtype=dtype) for x in (P, q, A, l, u)]
+    return [torch.tensor(x) for x in (P, q, A, l, u)]
 
 
 def everything(data, solver):
@@ -83,3 +84,18 @@ def test_the_rest_is_left_to_plain_operations(interpreted):
     assert solution.status.tolist() == expected.status.tolist()
     assert solution.regularity.y.tolist() == expected.regularity.y.tolist()
     assert abs(solution.x - expected.x)[[0, 5]].max() < 1e-9
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_setting_of_a_layer(interpreted, batch):
+    x, p = cp.Variable(3), cp.Parameter(3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [x >= 0, cp.sum(x) == 1])
+    value = torch.tensor(np.random.default_rng(0).standard_normal((batch, 3)))
+    results = []
+    for settings in ({}, {"fused": True}):
+        live = value.clone().requires_grad_()
+        (point,) = CvxpyLayer(problem, [p], [x], solver_args=settings)(live)
+        results.append((point, *torch.autograd.grad(point.square().sum(), live)))
+    assert len(interpreted) == 1
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..numpy import batch_of
+
 
 @triton.jit
 def _entry(x, index, at):
@@ -234,13 +236,11 @@ def solve(inputs: Sequence[Tensor], settings: Sequence[float], counts: Sequence[
             and of a solution.
         counts: iterations of ADMM in a round, rounds, Newton's steps in a round, passes of equilibration.
     """
-    P, q, A, *_ = inputs
-    (m, n), ndims = A.shape[-2:], (2, 1, 2, 1, 1, 1)
-    batched = [x.ndim > own for x, own in zip(inputs, ndims, strict=True)]
-    batch = max([len(x) for x, has_axis in zip(inputs, batched, strict=True) if has_axis], default=1)
-    has_row = [has_axis and len(x) == batch for x, has_axis in zip(inputs, batched, strict=True)]
+    _, q, A, *_ = inputs
+    m, n = A.shape[-2:]
+    batch, is_batched = batch_of(inputs, (2, 1, 2, 1, 1, 1))
     inputs = [x.contiguous() for x in inputs]
-    strides = [x[0].numel() if own else 0 for x, own in zip(inputs, has_row, strict=True)]
+    strides = [x.stride(0) if own else 0 for x, own in zip(inputs, is_batched, strict=True)]
     probe = torch.from_numpy(np.random.default_rng(0).standard_normal(n + m)).to(q)
     shapes = (n,), (m,), (m,), (), (), (n,), (m,), (n,), (m,), (1,), (n, n), (m,), (m,)
     outputs = [q.new_empty((batch, *shape)) for shape in shapes]

@@ -34,7 +34,7 @@ def serves(solve: Leaf, inputs: list[Tensor]) -> bool:
     return solve.in_numpy and inputs[0].device.type == "cpu"
 
 
-# Numbers in the arguments of a call: with more, tensors are as fast, and use several threads.
+# Numbers in the arguments of a call: with twice as many, tensors are as fast, and use several threads.
 SMALL = 2**17
 _DTYPES = torch.float32, torch.float64, torch.complex64, torch.complex128
 
