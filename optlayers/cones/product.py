@@ -45,6 +45,9 @@ class Cones:
         pow: exponents of the power cones; a tuple of k positive weights of sum 1 stands for
             {(w, z): prod w_i ** weights_i >= |z|, w >= 0}, k + 1 rows; the three-dimensional cone with
             exponent a is (a, 1 - a).
+        paired: number of variables, the last ones, of which each stands in two of the last nonneg rows, no
+            other of them does, and in no other row, and P has no entries beside their diagonal ones: first
+            come the first rows of all of them, then the second ones. Solvers eliminate such variables.
 
     Example:
         >>> from optlayers.torch import Cones
@@ -58,6 +61,7 @@ class Cones:
     psd: tuple[int, ...] = ()
     exp: int = 0
     pow: tuple[tuple[float, ...], ...] = ()
+    paired: int = 0
     rows: int = field(init=False, repr=False, compare=False)
     layout: _Layout = field(init=False, repr=False, compare=False)
 

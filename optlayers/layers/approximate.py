@@ -155,7 +155,7 @@ def smoothed(
         return ops.where(usable, F, 0.0)
 
     def invert(r, transposed, P, A, cholesky, e, d):
-        factor = Factor(cholesky, Linearization(d, 0 * d, ()), e)
+        factor = Factor(cholesky, (), Linearization(d, 0 * d, ()), e)
         F = r[:, :n], r[:, n:]
         return -ops.concat(solve_refined(ops, Cones(), P, A, factor, F, transposed), -1)
 

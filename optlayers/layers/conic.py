@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from ..cones import Cones
 from ..implicit import attach
-from ..linalg.kkt import Factor, Problem, Scaled, batched, factorize, matvec, matvec_symmetric
+from ..linalg import normal
+from ..linalg.kkt import Factor, Problem, Scaled, factorize, matvec, matvec_symmetric
 from ..linalg.rows import flatten, project_linearized, shapes, unflatten
 from ..linalg.sensitivity import Regularity, prepare, solve_sensitivity
 from ..ops import Array, Ops, select
@@ -96,7 +97,7 @@ class ConicSolve:
         return (
             floats((n,), (m,), (m,), ())
             + [((batch,), "int")] * 4
-            + floats((n,), (m,), (n,), (m,), (1,), (n, n), (1,))
+            + floats((n,), (m,), (n,), (m,), (1,), (1,), *normal.shapes(self.cones, n))
             + shapes(self.cones, batch, k)
         )
 
@@ -113,7 +114,7 @@ class ConicSolve:
     def _solve_fused(self, ops: Ops, inputs: Sequence[Array]) -> list[Array] | None:
         """As `_solve`, where one kernel can solve most of the problems; None where there is none for them."""
         admm, is_warm = self.solvers[0], len(inputs) > len(Problem.ndims)
-        if self.cones.rows or is_warm or not (isinstance(admm, ADMM) and admm.fused):
+        if self.cones.rows or self.cones.paired or is_warm or not (isinstance(admm, ADMM) and admm.fused):
             return None
         e = ops.eps(inputs[1]) ** 0.5
         target, accept, _ = tolerances(ops, self.eps, inputs[1])
@@ -125,7 +126,7 @@ class ConicSolve:
         *solution, residual, iterations, x, v, D, E, c, cholesky, free, lower = solved
         unique = 0 * iterations + 1
         facts = residual, 0 * iterations + Status.SOLVED.code, iterations, unique, unique
-        root = x, v, D, E, c, cholesky, 0 * c + e, free, lower
+        root = x, v, D, E, c, 0 * c + e, cholesky, free, lower
         rest = lambda data, _: tuple(self._solve(ops, *data))
         return [*ops.on_rows(iterations == 0, rest, inputs, Problem.ndims, (*solution, *facts, *root))]
 
@@ -167,8 +168,8 @@ class ConicSolve:
         s = project_linearized(ops, self.cones, problem.bounds, factor.linearization, best.v, 1)
         solution = scaling.restore(best.x, s, s - best.v)
         facts = best.residual, status, iterations, *map(ops.to_int, regularity)
-        root = best.x, best.v, D, E, c, factor.cholesky, factor.e, *flatten(factor.linearization)
-        return [*solution, *facts, *root]
+        root = best.x, best.v, D, E, c, factor.e, factor.cholesky, *factor.pairs
+        return [*solution, *facts, *root, *flatten(factor.linearization)]
 
     def _final_factor(self, ops: Ops, problem: Problem, best: Point) -> Factor:
         """J at the final point. On polyhedral cones D is constant around it: refinement's factor is that."""
@@ -180,15 +181,17 @@ class ConicSolve:
 
 def _repair(ops: Ops, factor: Factor, failed: Array) -> Factor:
     """Without a valid factor the derivative is masked: it must not turn into NaN."""
-    identity = ops.broadcast_to(ops.eye(factor.cholesky.shape[-1], factor.cholesky), factor.cholesky.shape)
-    repair = lambda cholesky: select(ops, failed, identity, cholesky)
-    cholesky = ops.cond(ops.any(failed), repair, lambda cholesky: cholesky, factor.cholesky)
-    return factor._replace(cholesky=cholesky)
+    cholesky, pairs = factor.cholesky, factor.pairs
+    identity = ops.broadcast_to(ops.eye(cholesky.shape[-1], cholesky), cholesky.shape)
+    harmless = identity, tuple(ops.full(x.shape, 0.0, x) for x in pairs)
+    repair = lambda *parts: select(ops, failed, harmless, parts)
+    cholesky, pairs = ops.cond(ops.any(failed), repair, lambda *parts: parts, cholesky, pairs)
+    return factor._replace(cholesky=cholesky, pairs=pairs)
 
 
 def _is_convex(ops: Ops, P: Array) -> Array:
     """Whether each P is positive semidefinite, up to the rounding of data computed in float32."""
-    P = batched(P)
+    P = normal.batched(P)
     # No entry of such a matrix is larger than the largest one of its diagonal.
     size = ops.amax(abs(ops.diagonal(P)), -1, keepdims=True)
     shift = max(1e-6, ops.eps(P) ** 0.5) * ops.where(size > 0, size, 1.0)
@@ -289,22 +292,24 @@ def _derived(
     ops: Ops, layer: ConicLayer, order: int, data: Sequence[Array], constants: Sequence[Array]
 ) -> tuple[Array, Array, Array]:
     """x, s and y with derivatives in the data up to `order`."""
-    status, x_unique, y_unique, x, v, D, E, c, cholesky, e, *flat = constants
+    status, x_unique, y_unique, x, v, D, E, c, e, *factors = constants
     P, q, A, b, l, u = _without(ops, status == Status.NON_FINITE.code, Problem(*data))
     n, cones, derived = q.shape[-1], layer.solve.cones, layer.is_derived(status)[:, None]
     singular = is_usable(status) & (x_unique * y_unique == 0)
-    linearization = unflatten(cones, flat)
+    count = len(normal.shapes(cones, n))
+    linearization = unflatten(cones, factors[count:])
     q, b, l, u = (z[None] if z.ndim == 1 else z for z in (q, b, l, u))
     bounds = tuple(E[:, : bound.shape[-1]] * bound for bound in (l, u))
 
-    def invert(r, transposed, P, A, D, E, c, singular, cholesky, e, *flat):
+    def invert(r, transposed, P, A, D, E, c, singular, e, cholesky, *rest):
         # J0 of the scaled problem, applied through the matrices of the unscaled one.
         P, A = Scaled(c * D, P, D), Scaled(E, A, D)
-        factor = Factor(cholesky, unflatten(cones, flat), e)
+        pairs, flat = tuple(rest[: count - 1]), rest[count - 1 :]
+        factor = Factor(cholesky, pairs, unflatten(cones, flat), e)
         F = r[:, :n], r[:, n:]
         return -ops.concat(solve_sensitivity(ops, cones, P, A, factor, singular, F, transposed), -1)
 
-    inverse = lambda r: ops.increment(invert, r, P, A, D, E, c, singular, cholesky, e, *flat)
+    inverse = lambda r: ops.increment(invert, r, P, A, D, E, c, singular, e, *factors)
 
     def unscale(z):
         v = z[:, n:]

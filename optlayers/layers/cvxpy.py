@@ -22,6 +22,7 @@ from .assembly import assemble, splits
 from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restore_array, restore_batch
 from .direct import curved_part, polyhedral_bounds
 from .elimination import eliminate, elimination
+from .pairing import arranged
 from .ranges import ranges
 from .sparse import Entries, HostCalls, SparseLayer, can_be_sparse, layer_of_size
 
@@ -212,7 +213,8 @@ class CvxpyProgram:
 
         start = time.perf_counter()
         self.parameters, self.variables = tuple(parameters), tuple(variables)
-        self.program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
+        program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
+        self.program = arranged(program, ranges(program))
         self.ranges = ranges(self.program)
         self.solved = self.program if self.ranges is None else self.ranges.program
         self.pattern = None
@@ -332,13 +334,14 @@ class CvxpyProgram:
         counts = {
             field.name: getattr(program.cones, field.name) for field in fields(program.cones) if field.init
         }
+        paired = counts.pop("paired")
         cones = [f"{k}={v if isinstance(v, int) else len(v)}" for k, v in counts.items() if v]
         entries = f"{len(program.P.positions)} entries of P, {len(program.A.positions)} of A"
         solvers = ", then ".join(type(solver).__name__ for solver in layer.solve.solvers)
         kind = " with sparse matrices" if self.is_sparse else ""
         return [
             ("parameters", ", ".join(map(name, self.parameters))),
-            ("size", f"n={program.n} variables, m={program.m} rows"),
+            ("size", f"n={program.n} variables{f' ({paired} paired)' * (paired > 0)}, m={program.m} rows"),
             ("cones", ", ".join(cones) or "none"),
             ("nonzeros", entries),
             ("outputs", ", ".join(str(output.shape) for output in program.outputs)),

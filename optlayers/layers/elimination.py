@@ -67,16 +67,21 @@ def elimination(program: Program) -> Elimination | None:
     A = dense[rows]
     size = np.linalg.norm(A, axis=1, keepdims=True)
     size[size == 0] = 1.0
-    U, singular, Vt = scipy.linalg.svd(A / size)
+    # Others stay what they are, and in their places: paired variables are the last ones.
+    used = A.any(0)
+    U, singular, Vt = scipy.linalg.svd(A[:, used] / size)
     rank = int(np.sum(singular > max(A.shape) * np.finfo(float).eps * singular.max(initial=0.0)))
     if rank == 0 or rank == n or singular[rank - 1] < singular[0] / LARGEST_CONDITION:
         return None
-    inverse = (Vt[:rank].T / singular[:rank]) @ U[:, :rank].T / size.T
+    inverse = np.zeros(A.shape[::-1])
+    inverse[used] = (Vt[:rank].T / singular[:rank]) @ U[:, :rank].T / size.T
     kept = np.flatnonzero(~is_constant)
     bounded = kept[kept < program.cones.zero + program.cones.nonneg]
     order = np.argsort(np.append(rows, kept))
     dependent = U[:, rank:] / size if rank < len(rows) else None
-    basis = np.ascontiguousarray(Vt[rank:].T)  # torch.export warns of constants of another layout
+    basis = np.zeros((n, n - rank))
+    basis[used, : used.sum() - rank] = Vt[rank:].T
+    basis[~used, used.sum() - rank :] = np.eye(n - used.sum())
     P_z = None if len(program.P.rows) else _reduced_P(numpy, _dense(program.P), basis)
     A_z = None if len(program.A.rows) else _reduced_A(numpy, dense[kept], basis)
     return Elimination(rows, kept, bounded, order, basis, inverse, dependent, P_z, A_z)

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 from ..cones import Cones
 from ..ops import Array, Ops
-from .rows import linearize, spectral, spectral_gram
+from .normal import cholesky_solve, reduce
+from .rows import curved_gram, linearize, spectral
 
 
 class Problem(NamedTuple):
@@ -51,12 +52,13 @@ class Factor(NamedTuple):
     """A factorised regularised Jacobian.
 
     Attributes:
-        cholesky: lower factor of P + r I + A' T A (B, n, n).
+        cholesky, pairs: of P + r I + A' T A, see `optlayers.linalg.normal`.
         linearization: spectral data of D, see `optlayers.cones`.
         e: the regularisation in T (B, 1).
     """
 
     cholesky: Array
+    pairs: tuple[Array, ...]
     linearization: Any
     e: Array
 
@@ -90,11 +92,6 @@ def matvec_symmetric(matrix: Array | Scaled, x: Array) -> Array:
     return matvec(matrix.mT, x)
 
 
-def batched(matrix: Array) -> Array:
-    """The matrix (k, n) or (B, k, n) with a batch axis; JAX can be told to insist on it."""
-    return matrix[None] if matrix.ndim == 2 else matrix
-
-
 def norm(ops: Ops, x: Array) -> Array:
     """Largest absolute entry of each row: (B, k) to (B,)."""
     return ops.amax(abs(x), -1)
@@ -107,14 +104,19 @@ def factorize(ops: Ops, cones: Cones, problem: Problem, v: Array, e: Array) -> F
 
 def factorize_at(ops: Ops, cones: Cones, problem: Problem, linearization: Any, e: Array) -> Factor:
     """As `factorize`, for given spectral data of D."""
-    AtTA = spectral_gram(ops, cones, linearization, lambda d: (1 - d) / (d + e), problem.A)
-    return Factor(ops.cholesky(ops.add_diagonal(batched(problem.P) + AtTA, e)), linearization, e)
+    weigh, k = lambda d: (1 - d) / (d + e), linearization.free.shape[-1]
+    A = problem.A[..., :k, :]
+    matrix, _, pairs = reduce(ops, cones, problem.P, A, weigh(linearization.free), e, k)
+    if cones.rows:
+        curved = problem.A[..., k:, : matrix.shape[-1]]
+        matrix = matrix + curved_gram(ops, cones, linearization, weigh, curved)
+    return Factor(ops.cholesky(ops.add_diagonal(matrix, e)), pairs, linearization, e)
 
 
 def inverse(ops: Ops, cones: Cones, A: Array, factor: Factor, transposed: bool = False) -> Callable:
     """The map from F to (dx, dv) with J (dx, dv) = -F up to the regularisation, or the transpose of it."""
     weigh = spectral(ops, cones, factor.linearization, lambda d: (1 - d) / (d + factor.e))
-    invert = lambda r: ops.cholesky_solve(factor.cholesky, r[..., None])[..., 0]
+    invert = lambda r: cholesky_solve(ops, factor.cholesky, factor.pairs, r[:, None])[:, 0]
 
     def solve(F):
         if transposed:

@@ -70,26 +70,11 @@ def spectral(
     return lambda u: ops.concat([weights * u[:, :k], tail(u[:, k:])], -1)
 
 
-def gram(ops: Ops, A: Array, weights: Array) -> Array:
-    """A' diag(weights) A (B, n, n) for A (m, n) or (B, m, n) and weights (B, m) >= 0."""
-    m, n = A.shape[-2:]
-    if A.ndim == 3 or n > weights.shape[0]:
-        half = ops.sqrt(weights)[..., None] * (A if A.ndim == 3 else A[None])
-        return half.mT @ half  # of which NumPy computes one triangle
-    # One product for the whole batch, with less memory than A weighted for each problem.
-    products = ops.reshape(A[:, :, None] * A[:, None, :], (m, n * n))
-    return ops.reshape(weights @ products, (weights.shape[0], n, n))
-
-
-def spectral_gram(ops: Ops, cones: Cones, lin: Linearization, g: Callable[[Array], Array], A: Array) -> Array:
-    """A' g(D) A (B, n, n), for g >= 0."""
-    k = lin.free.shape[-1]
-    head = gram(ops, A[..., :k, :], g(lin.free))
-    if not cones.rows:
-        return head
-    tail = A[..., k:, :] if A.ndim == 3 else A[None, k:, :]
-    half = curved.spectral(ops, cones, lin.cones, lambda d: ops.sqrt(g(d)), tail, columns=True, rotated=True)
-    return head + half.mT @ half
+def curved_gram(ops: Ops, cones: Cones, lin: Linearization, g: Callable[[Array], Array], A: Array) -> Array:
+    """A' g(D) A (B, n, n) on the curved cones, for g >= 0 and their rows A (m, n) or (B, m, n)."""
+    A = A if A.ndim == 3 else A[None]
+    half = curved.spectral(ops, cones, lin.cones, lambda d: ops.sqrt(g(d)), A, columns=True, rotated=True)
+    return half.mT @ half
 
 
 def project_linearized(

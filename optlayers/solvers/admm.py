@@ -12,28 +12,40 @@ The penalty R = rho * (1000 on equality rows, 1 elsewhere) adapts for each probl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..cones import Cones
-from ..linalg.kkt import Problem, batched, matvec, matvec_symmetric, norm
-from ..linalg.rows import gram, project
+from ..linalg.kkt import Problem, matvec, matvec_symmetric, norm
+from ..linalg.normal import batched, reduce, solve_reduced
+from ..linalg.rows import project
 from ..ops import Array, Ops
 from .base import Direction
 
 
 class _Factor(NamedTuple):
-    """(P + sigma I + A' R A)^-1 = V (1 + rho values)^-1 V'.
+    """M^-1 = (P + sigma I + A' R A)^-1 = V (1 + rho values)^-1 V'.
 
     values (1, n), V (B, n, n) and U = A V (B, m, n), of which the batch shares one where it shares P, A and
-    the ratios of the penalties: V then diagonalises for every rho. Else the values are zero, and there is
-    U U' (B, m, m) unless that is larger than V and U.
+    the ratios of the penalties: V then diagonalises for every rho. Else the values are zero, V V' is the
+    inverse of what the elimination of p paired variables leaves of M, with n - p in place of n, U = H V (see
+    `optlayers.linalg.normal`), and without such variables there is U U' (B, m, m) unless that is larger than
+    V and U.
     """
 
     values: Array
     V: Array
     U: Array
     UUt: tuple[Array, ...]
+    pairs: tuple[Array, ...]
+
+    def solve(self, ops: Ops, rho: Array, r: Array) -> Array:
+        """M^-1 r for r (B, n)."""
+        invert = lambda r: matvec(self.V, matvec(self.V.mT, r) / (1 + rho * self.values))
+        if not self.pairs:
+            return invert(r)
+        return solve_reduced(ops, self.pairs, lambda rows: invert(rows[:, 0])[:, None], r[:, None])[:, 0]
 
 
 class _AdmmState(NamedTuple):
@@ -89,13 +101,10 @@ class ADMM:
         """`check_every` iterations, after adapting the penalty."""
         if not ops.holds(ops.all(state.dx == 0)):  # before the first chunk there is nothing to balance
             state = self._adapt(ops, cones, problem, state)
-        R, (values, V, U, UUt) = self._penalties(ops, problem, state.rho), state.factor
-        inverse = 1 / (1 + state.rho * values)
-        center = inverse * matvec(V.mT, self.sigma * state.x - problem.q)
-        # A times what a force on the rows adds to x
-        response = lambda r: matvec_symmetric(*UUt, r) if UUt else matvec(U, inverse * matvec(U.mT, r))
-        weights = self.alpha * R
-        constant = self.alpha * (problem.b - matvec(U, center)) - response(weights * problem.b)
+        R, factor = self._penalties(ops, problem, state.rho), state.factor
+        solve = lambda force: factor.solve(ops, state.rho, self.sigma * state.x - problem.q + force)
+        response, weights = _response(ops, cones, problem, state), self.alpha * R
+        constant = self.alpha * (problem.b - matvec(problem.A, solve(matvec(problem.A.mT, R * problem.b))))
 
         def iterate(carry):
             w, s, _ = carry
@@ -104,7 +113,7 @@ class ADMM:
             return w, project(ops, cones, problem.bounds, w), mirrored
 
         w, s, mirrored = ops.repeat(self.check_every, iterate, (state.w, state.s, state.w))
-        x = matvec(V, center + inverse * matvec(U.mT, R * (problem.b - mirrored)))
+        x = solve(matvec(problem.A.mT, R * (problem.b - mirrored)))
         dy = R * (s - w) - R * (state.s - state.w)
         return state._replace(x=x, w=w, s=s, dx=x - state.x, dy=dy)
 
@@ -146,21 +155,46 @@ class ADMM:
         return problem.P.ndim == 2 and problem.A.ndim == 2 and problem.l.shape[0] == 1
 
     def _factorize(self, ops: Ops, cones: Cones, problem: Problem, rho: Array) -> _Factor:
-        """With L L' = P + sigma I + A'RA, V = L^-T.
+        """With L L' = M, or what is left of it, V = L^-T.
 
         Shared, L L' = P + sigma I, L^-1 A'R_1 A L^-T = Q Lambda Q' (R = rho R_1) and V = L^-T Q.
         """
         n, is_shared = problem.P.shape[-1], self._is_shared(problem)
         R = self._penalties(ops, problem, ops.full((1, 1), 1.0, rho) if is_shared else rho)
-        matrix = 1.0 * problem.P if is_shared else batched(problem.P) + gram(ops, problem.A, R)
-        V = ops.inverse_triangular(ops.cholesky(ops.add_diagonal(matrix, self.sigma))).mT
+        invert = lambda matrix: ops.inverse_triangular(ops.cholesky(ops.add_diagonal(matrix, self.sigma))).mT
         if is_shared:
+            V = invert(1.0 * problem.P)
             half = problem.A @ V
             values, Q = ops.eigh(half.mT @ (R[0][:, None] * half))
             V = V @ Q
-            return _Factor(values[None], V[None], (problem.A @ V)[None], ())
-        U = batched(problem.A) @ V
-        return _Factor(ops.full((1, n), 0.0, rho), V, U, (U @ U.mT,) if U.shape[-2] <= 2 * n else ())
+            return _Factor(values[None], V[None], (problem.A @ V)[None], (), ())
+        k = problem.l.shape[-1]
+        matrix, H, pairs = reduce(ops, cones, problem.P, problem.A, R, self.sigma, k)
+        V = invert(matrix)
+        U, n = H @ V, V.shape[-1]
+        is_small = U.shape[-2] <= 2 * n and not pairs
+        return _Factor(ops.full((1, n), 0.0, rho), V, U, (U @ U.mT,) if is_small else (), pairs)
+
+
+def _response(ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> Callable[[Array], Array]:
+    """A M^-1 A': what x adds to the rows under a force on them, as a map of forces (B, m)."""
+    values, _, U, UUt, pairs = state.factor
+    inverse, k, p = 1 / (1 + state.rho * values), problem.l.shape[-1], cones.paired
+    if UUt:
+        return lambda r: matvec_symmetric(*UUt, r)
+    if not pairs:
+        return lambda r: matvec(U, inverse * matvec(U.mT, r))
+    blocks = [batched(problem.A)[..., rows, -p:] for rows in (slice(k - 2 * p, k - p), slice(k - p, k))]
+    a = ops.stack([ops.diagonal(block) for block in blocks], -2)  # (..., 2, p)
+    weights = a * pairs[1][:, None]
+
+    def response(r):
+        forces = ops.reshape(r[:, k - 2 * p : k], (-1, 2, p))
+        own = ops.reshape(weights * ops.sum(a * forces, -2, keepdims=True), (-1, 2 * p))
+        own = ops.concat([0 * r[:, : k - 2 * p], own, 0 * r[:, k:]], -1)
+        return matvec(U, matvec(U.mT, r)) + own
+
+    return response
 
 
 def sum_of_norms(ops: Ops, arrays) -> Array:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..cones import Cones
 from ..linalg.kkt import Factor, Problem, matvec, matvec_symmetric, norm
+from ..linalg.normal import shapes
 from ..linalg.rows import linearize, recession, support
 from ..ops import Array, Ops
 from ..status import Status
@@ -75,8 +76,9 @@ def tolerances(ops: Ops, eps: float, like: Array) -> tuple[float, float, float]:
 def start(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Array, v: Array) -> Progress:
     """No progress yet: the starting point with an infinite residual, and no factor."""
     batch, n = x.shape
-    nothing = ops.full((batch, n, n), 0.0, x)
-    factor = Factor(nothing, linearize(ops, cones, problem.bounds, v), ops.full((batch, 1), 1.0, x))
+    nothing = [ops.full((batch, *own), 0.0, x) for own in shapes(cones, n)]
+    linearization = linearize(ops, cones, problem.bounds, v)
+    factor = Factor(nothing[0], tuple(nothing[1:]), linearization, ops.full((batch, 1), 1.0, x))
     best = Point(x, v, ops.full((batch,), ops.inf, x), factor)
     running = ops.to_int(ops.full((x.shape[0],), RUNNING, x))
     return Progress(best, running, 0 * running)

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..cones import Cones
-from ..linalg.kkt import Problem, batched, matvec, matvec_symmetric
-from ..linalg.rows import gram
+from ..linalg.kkt import Problem, matvec, matvec_symmetric
+from ..linalg.normal import batched, cholesky_solve, reduce
 from ..ops import Array, Ops, select
 from .base import Direction
 
@@ -62,6 +62,7 @@ class _System(NamedTuple):
     """The factorised linear system at an iterate."""
 
     cholesky: Array
+    pairs: tuple[Array, ...]
     rho: Array  # (B, 1, 1)
     weights: Array  # (B, 1, 3m)
 
@@ -112,9 +113,9 @@ class InteriorPoint:
         floors = RHO_FLOORS[0] * one, DELTA_FLOORS[0] * one
         cost, none = sides.cost * problem.q, 0 * sides.h
         origin = _State(0 * x, sides.open, sides.open, cost, none, rho, rho, *floors, one, one)
-        system = _factorize(ops, problem, sides, origin)
+        system = _factorize(ops, cones, problem, sides, origin)
         rhs = matvec(problem.A.mT, _gather(system.weights[:, 0] * sides.h)) - cost
-        x = ops.cholesky_solve(system.cholesky, rhs[..., None])[..., 0]
+        x = cholesky_solve(ops, system.cholesky, system.pairs, rhs[:, None])[:, 0]
         t = sides.open * (sides.h - _spread(ops, matvec(problem.A, x)))
         size = ops.maximum(ops.sqrt(ops.sum(t * t, -1, keepdims=True) / sides.count), 1.0)
         unit = ops.minimum(ops.sqrt(ops.sqrt(size)), 100.0)
@@ -132,7 +133,8 @@ class InteriorPoint:
 
     def step(self, ops: Ops, cones: Cones, problem: Problem, state: _State) -> _State:
         sides = _split(ops, problem)
-        return ops.repeat(self.check_every, lambda state: self._iterate(ops, problem, sides, state), state)
+        iterate = lambda state: self._iterate(ops, cones, problem, sides, state)
+        return ops.repeat(self.check_every, iterate, state)
 
     def point(self, ops: Ops, cones: Cones, problem: Problem, state: _State) -> tuple[Array, Array]:
         s = problem.b - matvec(problem.A, state.x)
@@ -143,12 +145,12 @@ class InteriorPoint:
         # The diverging iterates turn into the direction sooner, and more steadily, than their increments.
         return Direction(state.x, _gather(state.z))
 
-    def _iterate(self, ops: Ops, problem: Problem, sides: _Sides, state: _State) -> _State:
+    def _iterate(self, ops: Ops, cones: Cones, problem: Problem, sides: _Sides, state: _State) -> _State:
         """Mehrotra's step, or one towards the centre where that is longer: two right-hand sides.
 
         The predictor goes through the same lines before them, as a pair of equal ones.
         """
-        system = _factorize(ops, problem, sides, state)
+        system = _factorize(ops, cones, problem, sides, state)
         t, z, count = state.t[:, None], (sides.open * state.z)[:, None], sides.count[:, None]
         mu = ops.sum(t * z, -1, keepdims=True) / count
         least = _least_mu(ops, sides, state, mu)
@@ -189,7 +191,7 @@ class InteriorPoint:
 
         def improve(best):
             dx, dy, first, second, error = best
-            ddx = ops.cholesky_solve(system.cholesky, (first - (W * second) @ A).mT).mT
+            ddx = cholesky_solve(ops, system.cholesky, system.pairs, first - (W * second) @ A)
             dx, dy = dx + ddx, dy + W * (ddx @ A.mT + second)
             first = -r_dual - cost * (dx @ P.mT) - system.rho * dx - dy @ A
             second = ops.where(W > 0, dx @ A.mT + compliance * (Wg - dy), 0.0)
@@ -255,12 +257,13 @@ def _residual(ops: Ops, state: _State) -> Array:
     return ops.maximum(_size(ops, state.r_dual), _size(ops, state.r_sides))
 
 
-def _factorize(ops: Ops, problem: Problem, sides: _Sides, state: _State) -> _System:
+def _factorize(ops: Ops, cones: Cones, problem: Problem, sides: _Sides, state: _State) -> _System:
     opposing = ops.where(sides.open > 0, state.t + state.delta * state.z, state.delta)
     weights = ops.where(sides.open > 0, state.z, sides.equal) / opposing
     W, rho = _gather(weights, 1), state.rho * state.boost
-    matrix = sides.cost[..., None] * batched(problem.P) + gram(ops, problem.A, W)
-    return _System(ops.cholesky(ops.add_diagonal(matrix, rho)), rho[..., None], weights[:, None])
+    P = sides.cost[..., None] * batched(problem.P)
+    matrix, _, pairs = reduce(ops, cones, P, problem.A, W, rho, W.shape[-1])
+    return _System(ops.cholesky(ops.add_diagonal(matrix, rho)), pairs, rho[..., None], weights[:, None])
 
 
 def _least_mu(ops: Ops, sides: _Sides, state: _State, mu: Array) -> Array:

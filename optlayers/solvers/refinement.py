@@ -63,18 +63,18 @@ def evaluate(ops: Ops, cones: Cones, problem: Problem, units: Units, x: Array, v
     residual, term = (ops.stack([norm(ops, pair[i] * pair[2]) for pair in pairs], -1) for i in (0, 1))
     error = ops.amax(residual / (units.one + ops.maximum(units.given, term)), -1)
     if cones.rows:
-        error = ops.where(_is_resolved(ops, problem, units, s), error, ops.inf)
+        error = ops.where(_is_resolved(ops, problem, units, s, F[1]), error, ops.inf)
     return F, error, linearization
 
 
-def _is_resolved(ops: Ops, problem: Problem, units: Units, s: Array) -> Array:
-    """Whether the curved cones still see the data (B,): beside a slack of size 1 / sqrt(eps) they vanish.
+def _is_resolved(ops: Ops, problem: Problem, units: Units, s: Array, F2: Array) -> Array:
+    """Whether the curved cones still see the data (B,).
 
-    Projections square their arguments, so that there, in |(1, x)| <= x say, any x would do: the iterates of
-    a problem that is infeasible by less than any number would pass for a solution.
+    Beside a slack of size t, data of size 1 move the boundary by 1 / t. As |(1, x)| <= x fails by 1 / 2x, a
+    large x would pass for its solution, if errors were only compared with x.
     """
-    size = norm(ops, (s * units.primal)[:, problem.l.shape[-1] :])
-    return ops.eps(s) ** 0.5 * size <= 1 + units.given[:, 1]
+    size, error = (norm(ops, (z * units.primal)[:, problem.l.shape[-1] :]) for z in (s, F2))
+    return ops.maximum(error, ops.eps(s) * size) * size <= 0.01 * (1 + units.given[:, 1]) ** 2
 
 
 def smallest_regularization(ops: Ops, x: Array) -> float:

@@ -1,0 +1,61 @@
+"""Paired variables leave the normal matrix without a trace in its inverse, whatever the weights."""
+
+import numpy as np
+import pytest
+
+import optlayers.ops.jax as jax_ops
+import optlayers.ops.numpy as numpy_ops
+import optlayers.ops.torch as torch_ops
+from checks import assert_close
+from optlayers.cones import Cones
+from optlayers.linalg.normal import cholesky_solve, reduce
+
+jax = pytest.importorskip("jax")
+torch = pytest.importorskip("torch")
+
+BATCH, FREE, PAIRED, ABOVE, BELOW = 3, 4, 5, 2, 3
+ARRAYS = {"torch": (torch_ops, torch.tensor), "jax": (jax_ops, jax.numpy.asarray)}
+
+
+def system(rng, is_shared):
+    """P, A and bounded rows of a program with paired variables, in rows between others."""
+    n, own = FREE + PAIRED, () if is_shared else (BATCH,)
+    P, A = np.zeros((*own, n, n)), rng.standard_normal((*own, ABOVE + 2 * PAIRED + BELOW, n))
+    half = rng.standard_normal((*own, FREE, FREE))
+    P[..., :FREE, :FREE] = half @ half.swapaxes(-1, -2)
+    each = np.arange(PAIRED)
+    P[..., FREE + each, FREE + each] = rng.random(PAIRED)
+    coefs = A[..., ABOVE : ABOVE + 2 * PAIRED, FREE:].copy()
+    A[..., FREE:] = 0.0
+    for start in (0, PAIRED):
+        A[..., ABOVE + start + each, FREE + each] = coefs[..., start + each, each]
+    return P, A, ABOVE + 2 * PAIRED
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.parametrize("framework", ARRAYS)
+def test_solution(framework, is_shared, rng):
+    ops, array = ARRAYS[framework]
+    P, A, k = system(rng, is_shared)
+    W, e = 10 ** rng.uniform(-2, 2, (BATCH, A.shape[-2])), 0.1 * np.ones((BATCH, 1))
+    r, cones = rng.standard_normal((BATCH, 2, FREE + PAIRED)), Cones(paired=PAIRED)
+    reduced = reduce(ops, cones, *map(array, (P, A, W, e)), k)
+    factor = ops.cholesky(ops.add_diagonal(reduced.matrix, array(e)))
+    found = cholesky_solve(ops, factor, reduced.pairs, array(r))
+    M = P + e[..., None] * np.eye(FREE + PAIRED) + A.swapaxes(-1, -2) @ (W[..., None] * A)
+    assert_close(np.asarray(found), (np.linalg.inv(M) @ r.swapaxes(-1, -2)).swapaxes(-1, -2), 1e-11)
+
+
+def test_no_cancellation(rng):
+    """Where one row of each pair outweighs the other by far, what is left is small, and right to rounding."""
+    n, p = 3, 8
+    A = np.zeros((2 * p, n + p))
+    A[:, :n] = rng.standard_normal((2 * p, n))
+    A[:p, n:] = A[p:, n:] = -np.eye(p)
+    heavy, light = 10 ** rng.uniform(8, 12, (1, p)), 10 ** rng.uniform(-3, 3, (1, p))
+    W, P = np.concatenate([heavy, light], -1), np.zeros((n + p, n + p))
+    matrix, _, _ = reduce(numpy_ops, Cones(paired=p), P, A, W, 0.0, 2 * p)
+    difference = A[:p, :n] - A[p:, :n]
+    weight = (heavy * light / (heavy + light))[0]
+    expected = difference.T @ (weight[:, None] * difference)
+    assert_close(matrix[0] / abs(expected).max(), expected / abs(expected).max(), 1e-14)
