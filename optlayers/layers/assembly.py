@@ -137,36 +137,51 @@ def assemble(
     batched_theta = _theta(ops, program, values, batched)
 
     def build(split: _Split) -> Array:
-        pairs = [(terms, shared_theta) for terms in split.shared]
-        pairs += [(terms, batched_theta) for terms in split.batched]
-        parts = [_contribution(ops, terms, theta, math.prod(split.shape)) for terms, theta in pairs]
+        pairs = (split.shared, shared_theta), (split.batched, batched_theta)
+        parts = [_sum(ops, terms, theta, split.shape) for terms, theta in pairs if terms]
         if split.constant is not None:
-            parts.insert(0, ops.constant(split.constant, like))
-        flat = parts[0]
-        for part in parts[1:]:
-            flat = _row(flat, part) + part
-        return ops.reshape(flat, (*flat.shape[:-1], *split.shape))
+            parts.insert(0, ops.reshape(ops.constant(split.constant, like), split.shape))
+        return _add(parts)
 
     return [build(split) for split in splits]
 
 
-def _contribution(ops: Ops, terms: _Terms, theta: Sequence[Array], size: int) -> Array:
-    """The sum (..., size) of the terms for each entry of a matrix."""
+def _sum(ops: Ops, terms: Sequence[_Terms], theta: Sequence[Array], shape: tuple[int, ...]) -> Array:
+    """The sum of the terms (..., *shape). A coefficient that all have in common is applied at last."""
+    first, *others = (part.coefs for part in terms)
+    is_common = isinstance(first, float) and all(isinstance(c, float) and c == first for c in others)
+    parts = [part._replace(coefs=1.0) for part in terms] if is_common else terms
+    total = _add([_contribution(ops, part, theta, shape) for part in parts])
+    return first * total if is_common and first != 1 else total
+
+
+def _contribution(ops: Ops, terms: _Terms, theta: Sequence[Array], shape: tuple[int, ...]) -> Array:
     pieces, positions, cols, columns, coefs = terms
     blocks = [theta[block][..., start:stop] for block, start, stop in pieces]
     picked = blocks[0] if len(blocks) == 1 else ops.concat(blocks, -1)
+    lead, count = picked.shape[:-1], picked.shape[-1]
+    flat = lambda x: ops.reshape(x, (*lead, count))
     if cols is not None:
+        count = len(cols)
         picked = ops.take(picked, ops.constant(cols, picked))
     if columns is not None:
-        lead = picked.shape[:-1]
-        picked = ops.reshape(
-            ops.reshape(picked, (*lead, picked.shape[-1] // columns, columns)).mT, picked.shape
-        )
+        picked = ops.reshape(picked, (*lead, count // columns, columns)).mT
+        if (*lead, *shape) != tuple(picked.shape):  # a matrix as a whole need not be copied
+            picked = flat(picked)
     if isinstance(coefs, np.ndarray):
-        picked = picked * _row(ops.constant(coefs, picked), picked)
+        picked = flat(picked) * _row(ops.constant(coefs, picked), flat(picked))
     elif coefs != 1:
         picked = coefs * picked
-    return picked if positions is None else ops.scatter_add(picked, ops.constant(positions, picked), size)
+    if positions is not None:
+        picked = ops.scatter_add(flat(picked), ops.constant(positions, picked), math.prod(shape))
+    return ops.reshape(picked, (*lead, *shape))
+
+
+def _add(parts: Sequence[Array]) -> Array:
+    total, *others = parts
+    for part in others:
+        total = _row(total, part) + part
+    return total
 
 
 def _row(x: Array, like: Array) -> Array:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ..cones import Cones
 from ..implicit import attach
 from ..linalg import normal
-from ..linalg.kkt import Factor, Problem, Scaled, factorize, matvec, matvec_symmetric
+from ..linalg.kkt import Factor, Problem, Scaled, factorize, matvec_symmetric
 from ..linalg.rows import flatten, project_linearized, shapes, unflatten
 from ..linalg.sensitivity import Regularity, prepare, solve_sensitivity
 from ..ops import Array, Ops, select
@@ -318,8 +318,9 @@ def _derived(
 
     def residual(z):
         x, s, y = unscale(z)
-        F1 = c * D * (matvec_symmetric(P, x) + q + matvec(A.mT, y))
-        F = ops.concat([F1, E * (matvec(A, x) + s - b)], -1)
+        Ax, Aty = ops.products(A, x, y)
+        F1 = c * D * (matvec_symmetric(P, x) + q + Aty)
+        F = ops.concat([F1, E * (Ax + s - b)], -1)
         return ops.where(derived, F, 0.0)
 
     return unscale(attach(ops, residual, inverse, ops.concat([x, v], -1), order))
