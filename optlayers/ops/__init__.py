@@ -270,11 +270,13 @@ class Ops(Protocol):
         values: Sequence[Array],
         inputs: Sequence[Array],
         constants: Sequence[Array],
+        adjoint: Callable | None = None,
     ) -> Sequence[Array]:
         """`function(order, inputs, constants)`, known to be `values`, with derivatives in the inputs.
 
         These are right up to `order`. Where torch records for its backward pass, the function is called
-        there, with order 1 if the result is not to be differentiated further.
+        there, or, if the result is not to be differentiated further, with order 1, or else `adjoint(ops,
+        needed, inputs, constants, cotangents)`: the cotangents of those of the inputs that are needed.
         """
         ...
 

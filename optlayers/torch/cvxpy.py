@@ -107,7 +107,7 @@ class CvxpyLayer(torch.nn.Module):
         try:
             is_dense = not program.is_sparse and layer.gradient is None
             if is_dense and host.serves_call([x for part in (params, *more) for x in part]):
-                return host.call(method, program, HOST, layer, params, *more, like)
+                return host.call(functools.partial(method, program), HOST, layer, params, *more, like)
             return run(program, ops, HOST, layer, params, *more, like)
         except SolveError as error:
             for fault in faults([value.numpy(force=True) for value in params], program.parameters):

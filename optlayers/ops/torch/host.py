@@ -52,8 +52,8 @@ def serves_call(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def call(method, program, *args) -> Any:
-    """The result of `method(program, ops, *args)`, for tensors in and out."""
+def call(function, *args) -> Any:
+    """The result of `function(ops, *args)`, for tensors in and out."""
     inputs = []
 
     def to_array(x):
@@ -64,7 +64,7 @@ def call(method, program, *args) -> Any:
 
     results = []
     with np.errstate(all="ignore"):
-        tree = method(program, sys.modules[__name__], *numpy.tree_map(to_array, args))
+        tree = function(sys.modules[__name__], *numpy.tree_map(to_array, args))
     numpy.tree_map(results.append, tree)
     tensors = iter(to_tensors(results, inputs))
     return numpy.tree_map(lambda _: next(tensors), tree)
@@ -74,7 +74,7 @@ def leaf(solve, inputs):
     return solve(sys.modules[__name__], *inputs)
 
 
-def deferred(function, order, values, inputs, constants):
+def deferred(function, order, values, inputs, constants, adjoint=None):
     return values
 
 

@@ -171,7 +171,7 @@ class _Products(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             is_shared = A.ndim == 2 or len(A) < len(x)
             join = torch.cat if is_shared else lambda pair: torch.stack(pair, -2)
-            A_bar = join([row, y]).mT @ join([x, column])
+            A_bar = (join([row, y]).mT @ join([x, column])).reshape(A.shape)
         return A_bar, _times(A.mT, row), _times(A, column)
 
 

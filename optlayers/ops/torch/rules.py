@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 
 import torch
 
+from . import host
 from .context import is_dual, run_while_compiling
 
 
@@ -57,8 +59,8 @@ def replayed(values, replay, sweep, inputs):
 
 class _Deferred(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, order, values, count, *arrays):
-        ctx.function, ctx.order, ctx.count = function, order, count
+    def forward(ctx, function, adjoint, order, values, count, *arrays):
+        ctx.function, ctx.adjoint, ctx.order, ctx.count = function, adjoint, order, count
         ctx.save_for_backward(*arrays)
         ctx.set_materialize_grads(False)
         return tuple(values)
@@ -67,7 +69,11 @@ class _Deferred(torch.autograd.Function):
     def backward(ctx, *cotangents):
         arrays = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
         inputs, constants = arrays[: ctx.count], arrays[ctx.count :]
-        needed, again = ctx.needs_input_grad[4:], torch.is_grad_enabled()
+        needed, again = ctx.needs_input_grad[5 : 5 + ctx.count], torch.is_grad_enabled()
+        if ctx.adjoint is not None and not (again or is_dual()):
+            bars = iter(_on_host_or_device(ctx.adjoint, needed, inputs, constants, cotangents))
+            bars = [next(bars) if need else None for need in needed]
+            return None, None, None, None, None, *bars, *[None] * len(constants)
         # New tensors: an input may be computed from another one, whose part would be counted twice.
         inputs = [
             x.view_as(x) if again else x.detach().requires_grad_(need)
@@ -76,17 +82,23 @@ class _Deferred(torch.autograd.Function):
         with torch.enable_grad():
             outputs = ctx.function(ctx.order if again else 1, inputs, constants)
         bars = _pull_back(outputs, cotangents, inputs, create_graph=again)
-        return None, None, None, None, *bars, *[None] * len(constants)
+        return None, None, None, None, None, *bars, *[None] * len(constants)
 
 
 # torch asks at every call.
 _Deferred.forward.__signature__ = inspect.signature(_Deferred.forward)
 
 
-def deferred(function, order, values, inputs, constants):
+def _on_host_or_device(adjoint, needed, *tensors):
+    if host.serves_call([x for part in tensors for x in part if x is not None and x.is_floating_point()]):
+        return host.call(adjoint, needed, *map(tuple, tensors))
+    return adjoint(sys.modules[__package__], needed, *tensors)
+
+
+def deferred(function, order, values, inputs, constants, adjoint=None):
     if is_dual() or torch.compiler.is_compiling():
         return function(order, inputs, constants)
-    return _Deferred.apply(function, order, values, len(inputs), *inputs, *constants)
+    return _Deferred.apply(function, adjoint, order, values, len(inputs), *inputs, *constants)
 
 
 class _Zero(torch.autograd.Function):
