@@ -126,11 +126,11 @@ def _theta(ops: Ops, program: Program, values: Sequence[Array], keep: Sequence[b
 
 
 def assemble(
-    ops: Ops, program: Program, splits: Sequence[_Split], values: Sequence[Array], like: Array
-) -> list[Array]:
+    ops: Ops, program: Program, splits: Sequence[_Split | None], values: Sequence[Array], like: Array
+) -> list[Array | None]:
     """P, q, A, b of the program for flat parameter values (size,) or (B, size).
 
-    A matrix or vector that no batched parameter enters has no batch axis.
+    A matrix or vector that no batched parameter enters has no batch axis; None stays None.
     """
     batched = [value.ndim == 2 for value in values]
     shared_theta = _theta(ops, program, values, [not b for b in batched])
@@ -143,7 +143,7 @@ def assemble(
             parts.insert(0, ops.reshape(ops.constant(split.constant, like), split.shape))
         return _add(parts)
 
-    return [build(split) for split in splits]
+    return [None if split is None else build(split) for split in splits]
 
 
 def _sum(ops: Ops, terms: Sequence[_Terms], theta: Sequence[Array], shape: tuple[int, ...]) -> Array:

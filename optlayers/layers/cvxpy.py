@@ -60,6 +60,20 @@ def _bounds(program: Program) -> tuple[np.ndarray, np.ndarray]:
     return lower, upper
 
 
+def _chosen(program: Program) -> tuple[np.ndarray | None, tuple[Output, ...]]:
+    """Which entries of x the outputs are made of, and the outputs in terms of these; None if of y as well."""
+    if any(output.source != "x" for output in program.outputs):
+        return None, program.outputs
+    parts = [part for o in program.outputs for part in (o.indices, o.imag_indices) if part is not None]
+    used = np.unique(np.concatenate(parts))
+    chosen = used[used >= 0]
+    place = lambda part: None if part is None else np.where(part < 0, -1, np.searchsorted(chosen, part))
+    outputs = (
+        replace(o, indices=place(o.indices), imag_indices=place(o.imag_indices)) for o in program.outputs
+    )
+    return chosen, tuple(outputs)
+
+
 def read(ops: Ops, output: Output, solution: ConicSolution) -> Array:
     """One output (B, *shape) of the layer."""
     source = solution.x if output.source == "x" else solution.y
@@ -221,6 +235,7 @@ class CvxpyProgram:
         if _is_for_sparse(self.solved) and can_be_sparse(choices["solver"], choices["gradient"]):
             self.solved, self.pattern = entries(self.solved)
         self.elimination = elimination(self.solved) if self.pattern is None else None
+        self._chosen, self._outputs = _chosen(self.program)
         self.solver_args = dict(solver_args or {})
         self._choices = dict(choices)
         self._convex = self.pattern is None and _is_convex(self.program)
@@ -264,8 +279,8 @@ class CvxpyProgram:
     ) -> Solution:
         """The solution for values with any batch axes in front, in the dtype of the real `like`."""
         lead = batch_shape([tuple(value.shape) for value in values], self.parameters)
-        solution = self._solution(ops, calls, layer, values, warm, like, lead, rows=True)
-        variables = self._read(ops, solution, lead, like)
+        solution = self._solution(ops, calls, layer, values, warm, like, lead, chosen=None)
+        variables = self._read(ops, self.program.outputs, solution, lead, like)
         return Solution(variables, *restore_batch(ops, solution, lead, like))
 
     def call(
@@ -278,15 +293,18 @@ class CvxpyProgram:
     ) -> tuple[Array, ...]:
         """The variables of `solve` alone, without what only the rest of it takes."""
         lead = batch_shape([tuple(value.shape) for value in values], self.parameters)
-        rows = any(output.source != "x" for output in self.program.outputs)
-        return self._read(ops, self._solution(ops, calls, layer, values, (), like, lead, rows), lead, like)
+        solution = self._solution(ops, calls, layer, values, (), like, lead, self._chosen)
+        is_short = self.elimination is not None and self._chosen is not None
+        return self._read(ops, self._outputs if is_short else self.program.outputs, solution, lead, like)
 
-    def _read(self, ops, solution, lead, like) -> tuple[Array, ...]:
-        variables = (read(ops, output, solution) for output in self.program.outputs)
+    def _read(self, ops, outputs, solution, lead, like) -> tuple[Array, ...]:
+        variables = (read(ops, output, solution) for output in outputs)
         return tuple(restore_array(ops, x, lead, like) for x in variables)
 
-    def _solution(self, ops, calls, layer, values, warm, like, lead, rows: bool) -> ConicSolution:
-        """The solution with one batch axis; without `rows`, s and y may be those of a program with fewer."""
+    def _solution(
+        self, ops, calls, layer, values, warm, like, lead, chosen: np.ndarray | None
+    ) -> ConicSolution:
+        """The solution with one batch axis; after an elimination of `chosen` entries of x alone, if given."""
         flat = []
         for value, own in zip(values, self.parameters, strict=True):
             value = flatten_batch(ops, value, own.ndim)
@@ -294,7 +312,10 @@ class CvxpyProgram:
             flat.append(_of_declared_sign(ops, value, own))
         batched = tuple(value.ndim == 2 for value in flat)
         bounds = (ops.constant(bound, ops.widest(like)) for bound in self.bounds())
-        data = assemble(ops, self.solved, self.splits(batched), flat, ops.widest(like))
+        P, q, A, b = self.splits(batched)
+        if chosen is not None and self.elimination is not None and self.elimination.shifts is not None:
+            P = A = None
+        data = assemble(ops, self.solved, (P, q, A, b), flat, ops.widest(like))
         data = Problem(*data, *bounds)
         warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
         if self.ranges is not None and warm:
@@ -307,8 +328,8 @@ class CvxpyProgram:
             else:
                 solution = self._solve_sparse(ops, calls, layer, data, warm)
         if self.elimination is not None:
-            solution = restore(solution, layer.is_derived(solution.status), rows)
-        if self.ranges is not None and rows:
+            solution = restore(solution, layer.is_derived(solution.status), chosen)
+        if self.ranges is not None and chosen is None:
             solution = self.ranges.restore(ops, solution)
         return solution
 

@@ -38,6 +38,8 @@ class Elimination:
         inverse: A_E^+ (n, m_E).
         dependent: W (m_E, m_E - rank); None where the rows are independent.
         P, A: P_z and A_z; None where they depend on parameters.
+        shifts: N'P A_E^+ (n_z, m_E) and A_I A_E^+ (m_I, m_E), what b_E adds to q_z and takes from b_z; None
+            where they depend on parameters.
     """
 
     rows: np.ndarray
@@ -49,6 +51,7 @@ class Elimination:
     dependent: np.ndarray | None
     P: np.ndarray | None
     A: np.ndarray | None
+    shifts: tuple[np.ndarray, np.ndarray] | None
 
 
 def elimination(program: Program) -> Elimination | None:
@@ -84,7 +87,13 @@ def elimination(program: Program) -> Elimination | None:
     basis[~used, used.sum() - rank :] = np.eye(n - used.sum())
     P_z = None if len(program.P.rows) else _reduced_P(numpy, _dense(program.P), basis)
     A_z = None if len(program.A.rows) else _reduced_A(numpy, dense[kept], basis)
-    return Elimination(rows, kept, bounded, order, basis, inverse, dependent, P_z, A_z)
+    shifts = None
+    if P_z is not None and A_z is not None:
+        shifts = tuple(
+            _exact(numpy, rows @ inverse, _size(numpy, rows) * _size(numpy, inverse.T).T)
+            for rows in (basis.T @ _dense(program.P), dense[kept])
+        )
+    return Elimination(rows, kept, bounded, order, basis, inverse, dependent, P_z, A_z, shifts)
 
 
 def _dense(affine: AffineMap) -> np.ndarray:
@@ -96,30 +105,35 @@ def _dense(affine: AffineMap) -> np.ndarray:
 
 def eliminate(
     ops: Ops, plan: Elimination, data: Problem, warm: Sequence[Array]
-) -> tuple[Problem, list[Array], Callable[[ConicSolution, Array, bool], ConicSolution]]:
+) -> tuple[Problem, list[Array], Callable[[ConicSolution, Array, np.ndarray | None], ConicSolution]]:
     """The program in z, an earlier (x, s, y) in its terms, and the way back from its solution.
 
     The data have one batch axis or none, as in `ConicLayer`. The way back takes the solution, which rows of
-    the batch (B,) have derivatives, and whether s and y are wanted besides x.
+    the batch (B,) have derivatives, and None, or which entries of x are wanted if s and y are not: then P and
+    A may be None where there are `shifts`.
     """
     P, q, A, b, l, u = data
-    N, inverse = ops.constant(plan.basis, q), ops.constant(plan.inverse, q)
-    W, k = None, 0
+    N, (W, k) = ops.constant(plan.basis, q), (None, 0)
     if plan.dependent is not None:
         W, k = ops.constant(plan.dependent, q), plan.dependent.shape[-1]
     zeros = lambda *shape: ops.full(shape, 0.0, q)
     pick = lambda vector, rows: ops.take(vector, ops.constant(rows, q)) if len(rows) else vector[..., :0]
     own = lambda vector: vector[None] if vector.ndim == 1 else vector
-    b_E, b_I, A_I = own(pick(b, plan.rows)), own(pick(b, plan.kept)), pick(A.mT, plan.kept).mT
+    b_E, b_I = own(pick(b, plan.rows)), own(pick(b, plan.kept))
+    A_I = lambda: pick(A.mT, plan.kept).mT
     # NaN is told by q_z; as a factor it would reach the derivatives of what the batch shares.
     finite = ops.isfinite(b_E)
     b_E = ops.where(finite, b_E, 0.0)
-    x_0 = b_E @ inverse.mT
-    gradient, shift = own(q) + matvec(P, x_0), matvec(A_I, x_0)
-    q_z = _exact(ops, gradient @ N, _size(ops, own(q)) + _size(ops, gradient))
+    if plan.shifts is None:
+        x_0 = b_E @ ops.constant(plan.inverse, q).mT
+        gradient, shift = own(q) + matvec(P, x_0), matvec(A_I(), x_0)
+        q_z = _exact(ops, gradient @ N, _size(ops, own(q)) + _size(ops, gradient))
+    else:
+        gradient, shift = (b_E @ ops.constant(part, q).mT for part in plan.shifts)
+        q_z = _exact(ops, own(q) @ N + gradient, _size(ops, own(q)) + _size(ops, gradient))
     q_z = ops.where(ops.all(finite, -1)[:, None], q_z, ops.nan)
     b_z = _exact(ops, b_I - shift, abs(b_I) + abs(shift))
-    A_z = _reduced_A(ops, A_I, N) if plan.A is None else ops.constant(plan.A, q)
+    A_z = _reduced_A(ops, A_I(), N) if plan.A is None else ops.constant(plan.A, q)
     P_z = _reduced_P(ops, P, N) if plan.P is None else ops.constant(plan.P, q)
     bounds = [pick(bound, plan.bounded) for bound in (l, u)]
     if W is not None:
@@ -129,17 +143,20 @@ def eliminate(
         A_z = ops.concat([zeros(*A_z.shape[:-2], k, N.shape[-1]), A_z], -2)
         bounds = [ops.concat([zeros(k), bound], -1) for bound in bounds]
     if b.ndim == 1:
-        b_z = b_z[0] if A.ndim == 2 else b_z
-        q_z = q_z[0] if q.ndim == 1 and P.ndim == 2 else q_z
+        b_z = b_z[0] if A_z.ndim == 2 else b_z
+        q_z = q_z[0] if q.ndim == 1 and P_z.ndim == 2 else q_z
     reduced = Problem(P_z, q_z, A_z, b_z, *bounds)
 
-    def restore(solution: ConicSolution, derived: Array, rows: bool) -> ConicSolution:
+    def restore(solution: ConicSolution, derived: Array, chosen: np.ndarray | None) -> ConicSolution:
         mask = lambda value: ops.where(derived[:, None], value, ops.stop_gradient(value))
-        x = solution.x @ N.mT + mask(0 * solution.x[:, :1] + x_0)
-        if not rows:
+        N, inverse = (
+            ops.constant(part if chosen is None else part[chosen], q) for part in (plan.basis, plan.inverse)
+        )
+        x = solution.x @ N.mT + mask(0 * solution.x[:, :1] + b_E @ inverse.mT)
+        if chosen is not None:
             return solution._replace(x=x)
         w, y = solution.y[:, :k], solution.y[:, k:]
-        y_E = -(matvec(P, x) + own(q) + matvec(A_I.mT, y)) @ inverse
+        y_E = -(matvec(P, x) + own(q) + matvec(A_I().mT, y)) @ inverse
         y_E = mask(y_E if W is None else y_E + w @ W.mT)
         s, y = (pick(ops.concat(parts, -1), plan.order) for parts in ((0 * y_E, solution.s[:, k:]), (y_E, y)))
         return solution._replace(x=x, s=s, y=y)
