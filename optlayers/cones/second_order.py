@@ -33,14 +33,13 @@ class SecondOrder:
         return ((count, self.size - 1), (count, 3))
 
     def project(self, ops, v):
-        return self.project_linearized(ops, self.linearize(ops, v), v, 1)
+        t, w, r, safe = _parts(ops, v)
+        height = ops.maximum((r + t) / 2, 0.0)
+        inside = t > r
+        return ops.concat([ops.where(inside, t, height), ops.where(inside, 1.0, height / safe) * w], axis=-1)
 
     def linearize(self, ops, v):
-        t, w = v[..., :1], v[..., 1:]
-        scale = _largest(ops, w)
-        u = w / scale
-        r = scale * ops.sqrt(ops.sum(u * u, axis=-1, keepdims=True))
-        safe = ops.where(r > 0, r, 1.0)
+        t, w, r, safe = _parts(ops, v)
         minus = ops.cast(t > r, v)
         plus = ops.cast(t > -r, v)
         rest = ops.where(t > r, 1.0, ops.where(t > -r, (r + t) / (2 * safe), 0.0 * t))
@@ -75,6 +74,15 @@ class SecondOrder:
         middle = ops.concat([height, height / r * w], axis=-1)
         # Not `minus * v`: XLA makes a choice of the product with a mask and loses NaN.
         return ops.where(between, middle, ops.where(minus > 0, v, 0.0 * v))
+
+
+def _parts(ops, v):
+    """t, w and r, and 1 where r is zero."""
+    t, w = v[..., :1], v[..., 1:]
+    scale = _largest(ops, w)
+    u = w / scale
+    r = scale * ops.sqrt(ops.sum(u * u, axis=-1, keepdims=True))
+    return t, w, r, ops.where(r > 0, r, 1.0)
 
 
 def _largest(ops, w):
