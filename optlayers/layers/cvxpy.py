@@ -355,14 +355,15 @@ class CvxpyProgram:
         counts = {
             field.name: getattr(program.cones, field.name) for field in fields(program.cones) if field.init
         }
-        paired = counts.pop("paired")
+        eliminated = counts.pop("paired") + counts.pop("single")
+        note = f" ({eliminated} eliminated)" if eliminated else ""
         cones = [f"{k}={v if isinstance(v, int) else len(v)}" for k, v in counts.items() if v]
         entries = f"{len(program.P.positions)} entries of P, {len(program.A.positions)} of A"
         solvers = ", then ".join(type(solver).__name__ for solver in layer.solve.solvers)
         kind = " with sparse matrices" if self.is_sparse else ""
         return [
             ("parameters", ", ".join(map(name, self.parameters))),
-            ("size", f"n={program.n} variables{f' ({paired} paired)' * (paired > 0)}, m={program.m} rows"),
+            ("size", f"n={program.n} variables{note}, m={program.m} rows"),
             ("cones", ", ".join(cones) or "none"),
             ("nonzeros", entries),
             ("outputs", ", ".join(str(output.shape) for output in program.outputs)),

@@ -1,21 +1,25 @@
-"""Variables that stand in two inequalities each: those of |x|, of max(x, 0), slacks of soft constraints.
+"""Variables that stand in two inequalities each, or in one exponential cone, put where solvers want them.
 
-CVXPY writes a norm |Fx - g|_1 as a sum of variables t with  Fx - g <= t  and  g - Fx <= t. Solvers eliminate
-such variables at the cost of a diagonal matrix if they come last (see `Cones.paired`).
+CVXPY writes a norm |Fx - g|_1 as a sum of variables t with  Fx - g <= t  and  g - Fx <= t, and also
+max(x, 0); slacks of soft constraints are such variables as well. An entropy is a sum of variables t of which
+each stands in one exponential cone. Solvers eliminate them at the cost of a diagonal matrix if they come last
+(see `Cones.paired` and `Cones.single`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from ..canon.program import AffineMap, Output, Program
+from ..cones import Cones
 from .ranges import Ranges
 
 
 def arranged(program: Program, ranges: Ranges | None) -> Program:
-    """The program with its paired variables, and their rows, where `Cones.paired` wants them.
+    """The program with its paired and single variables, and their rows, at their places.
 
     Args:
         ranges: of the program, whose rows are in no pair.
@@ -23,18 +27,31 @@ def arranged(program: Program, ranges: Ranges | None) -> Program:
     merged = np.zeros(program.m + 1, bool)
     if ranges is not None:
         merged[ranges.kept[ranges.partner < program.m]] = merged[ranges.partner] = True
-    first, second, variables = (part[: program.n - 1] for part in _pairs(program, merged[:-1]))
-    if len(variables) < max(FEWEST, SHARE * program.n):
+    first, second, paired = _enough(program, _pairs(program, merged[:-1]))
+    cone, single = _enough(program, _singles(program))
+    if not len(paired) + len(single):
         return program
-    linear = program.cones.zero + program.cones.nonneg
-    rows, columns = np.arange(program.m), np.arange(program.n)
-    chosen = np.concatenate([first, second])
-    rows = np.concatenate([np.setdiff1d(rows[:linear], chosen), chosen, rows[linear:]])
-    columns = np.append(np.setdiff1d(columns, variables), variables)
+    cones, rows, columns = program.cones, np.arange(program.m), np.arange(program.n)
+    start = _exponential_start(cones)
+    linear, between, exponential, rest = np.split(
+        rows, [cones.zero + cones.nonneg, start, start + 3 * cones.exp]
+    )
+    moved = (cone[:, None] + np.arange(3)).ravel()
+    parts = [
+        np.setdiff1d(linear, [*first, *second]),
+        first,
+        second,
+        between,
+        np.setdiff1d(exponential, moved),
+        moved,
+        rest,
+    ]
+    rows = np.concatenate(parts)
+    columns = np.concatenate([np.setdiff1d(columns, [*single, *paired]), single, paired])
     place = {"x": np.argsort(columns), "y": np.argsort(rows)}
     return replace(
         program,
-        cones=replace(program.cones, paired=len(variables)),
+        cones=replace(cones, paired=len(paired), single=len(single)),
         P=_moved(program.P, place["x"], place["x"]),
         q=_moved(program.q, place["x"], np.zeros(1, int)),
         A=_moved(program.A, place["y"], place["x"]),
@@ -43,26 +60,51 @@ def arranged(program: Program, ranges: Ranges | None) -> Program:
     )
 
 
-FEWEST, SHARE = 24, 0.2  # number of paired variables, and of all, from which on it pays
+FEWEST, SHARE = 24, 0.2  # number of variables of a kind, and of all, from which on it pays
+
+
+def _enough(program: Program, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The parts, or nothing of them where they are few; of all variables one stays."""
+    count = min(len(parts[0]), program.n - 1)
+    return [part[: count if count >= max(FEWEST, SHARE * program.n) else 0] for part in parts]
 
 
 def _pairs(program: Program, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First rows, second rows and paired variables, no row being one of `taken` (m,), or of two of them."""
-    n, cones = program.n, program.cones
+    cones, taken, found = program.cones, taken.copy(), []
+    for variable, rows in _columns(program):
+        is_linear = rows[0] >= cones.zero and rows[-1] < cones.zero + cones.nonneg
+        if len(rows) == 2 and is_linear and not taken[rows].any():
+            taken[rows] = True
+            found.append((*rows, variable))
+    first, second, variables = np.array(found, int).reshape(-1, 3).T
+    return first, second, variables
+
+
+def _singles(program: Program) -> tuple[np.ndarray, np.ndarray]:
+    """First rows of exponential cones and their single variables."""
+    start, found = _exponential_start(program.cones), {}
+    for variable, rows in _columns(program):
+        cone = (rows - start) // 3
+        if cone[0] == cone[-1] and 0 <= cone[0] < program.cones.exp:
+            found.setdefault(int(cone[0]), variable)
+    return start + 3 * np.array(list(found), int), np.array(list(found.values()), int)
+
+
+def _exponential_start(cones: Cones) -> int:
+    return cones.rows - sum(len(weights) + 1 for weights in cones.pow) - 3 * cones.exp
+
+
+def _columns(program: Program) -> Iterator[tuple[int, np.ndarray]]:
+    """The variables that P has at most diagonal entries of, and the rows that each stands in."""
+    n = program.n
     row, column = np.divmod(program.A.positions, n)
     order = np.argsort(column, kind="stable")
-    ends = np.searchsorted(column[order], np.arange(n + 1))
+    parts = np.split(row[order], np.searchsorted(column[order], np.arange(1, n)))
     i, j = np.divmod(program.P.positions, n)
     is_mixed = np.zeros(n, bool)
     is_mixed[j[i != j]] = is_mixed[i[i != j]] = True
-    taken, pairs = taken.copy(), []
-    for variable in np.flatnonzero((np.diff(ends) == 2) & ~is_mixed):
-        rows = row[order[ends[variable] : ends[variable + 1]]]
-        if rows[0] >= cones.zero and rows[1] < cones.zero + cones.nonneg and not taken[rows].any():
-            taken[rows] = True
-            pairs.append((*rows, variable))
-    first, second, variables = np.array(pairs, int).reshape(-1, 3).T
-    return first, second, variables
+    return ((v, rows) for v, rows in enumerate(parts) if len(rows) and not is_mixed[v])
 
 
 def _moved(affine: AffineMap, rows: np.ndarray, columns: np.ndarray) -> AffineMap:

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from ..cones import Cones
 from ..ops import Array, Ops
-from .normal import cholesky_solve, reduce
-from .rows import curved_gram, linearize, spectral
+from .normal import batched, cholesky_solve, own_coefficients, reduce, reduce_single
+from .rows import curved_half, linearize, spectral
 
 
 class Problem(NamedTuple):
@@ -105,11 +105,14 @@ def factorize(ops: Ops, cones: Cones, problem: Problem, v: Array, e: Array) -> F
 def factorize_at(ops: Ops, cones: Cones, problem: Problem, linearization: Any, e: Array) -> Factor:
     """As `factorize`, for given spectral data of D."""
     weigh, k = lambda d: (1 - d) / (d + e), linearization.free.shape[-1]
-    A = problem.A[..., :k, :]
-    matrix, _, pairs = reduce(ops, cones, problem.P, A, weigh(linearization.free), e, k)
+    P, A = problem.P, problem.A
+    p, n = cones.paired, P.shape[-1] - cones.paired - cones.single
+    matrix, _, pairs = reduce(ops, p, n, P, A[..., :k, :], weigh(linearization.free), e, k)
     if cones.rows:
-        curved = problem.A[..., k:, : matrix.shape[-1]]
-        matrix = matrix + curved_gram(ops, cones, linearization, weigh, curved)
+        curved = own_coefficients(ops, cones, batched(A[..., k:, :]))
+        half = curved_half(ops, cones, linearization, weigh, curved)
+        half, pairs = reduce_single(ops, cones, P, half, e, pairs)
+        matrix = matrix + half.mT @ half
     return Factor(ops.cholesky(ops.add_diagonal(matrix, e)), pairs, linearization, e)
 
 

@@ -9,6 +9,10 @@ As it follows x by e = -c'x / d, its first row becomes
 
 and the second one likewise, a form without cancellation. With these rows in H, all others being those of A,
 P + r I + G'WH is left of M, of n - p variables.
+
+Single variables stand in one exponential cone each, whose part of M is H'H with rows H. Beside the columns of
+the other variables such a row has its own coefficient; with a (3,) of those of a cone, q = a'a + r and
+c = H'a, what is left of its part is that of the rows H - a c' / (q + sqrt(q r)).
 """
 
 from __future__ import annotations
@@ -21,12 +25,12 @@ from ..ops import Array, Ops
 
 
 class Reduced(NamedTuple):
-    """What the elimination leaves, and the way back.
+    """What the elimination leaves of n other variables, and the way back.
 
     Attributes:
-        matrix: P + G'WH without r (B, n - p, n - p).
-        rows: H (B, m, n - p).
-        pairs: c / d (B, p, n - p) and 1 / d (B, p); nothing where p = 0.
+        matrix: P + G'WH without r (B, n, n).
+        rows: H (B, m, n).
+        pairs: c / d (B, p, n) and 1 / d (B, p); nothing where p = 0.
     """
 
     matrix: Array
@@ -39,16 +43,18 @@ def batched(matrix: Array) -> Array:
     return matrix[None] if matrix.ndim == 2 else matrix
 
 
-def reduce(ops: Ops, cones: Cones, P: Array, A: Array, W: Array, r: Array | float, k: int) -> Reduced:
-    """The elimination of the paired variables from M, for weights W (B, m) of which k are of bounded rows."""
-    p = cones.paired
+def reduce(ops: Ops, p: int, n: int, P: Array, A: Array, W: Array, r: Array | float, k: int) -> Reduced:
+    """The elimination of the last p variables, which are paired, from M, of which the first n are kept.
+
+    W (B, m) are the weights, k of them those of bounded rows, which no others than these n + p stand in.
+    """
     if not p:
-        return Reduced(batched(P) + gram(ops, A, W), batched(A), ())
-    P, A, n = batched(P), batched(A), P.shape[-1] - p
+        return Reduced(batched(P)[..., :n, :n] + gram(ops, A[..., :n], W), batched(A), ())
+    P, A = batched(P), batched(A)
     G, first, second = A[..., :n], slice(k - 2 * p, k - p), slice(k - p, k)
-    a_1, a_2 = (ops.diagonal(A[..., rows, n:]) for rows in (first, second))
+    a_1, a_2 = (ops.diagonal(A[..., rows, -p:]) for rows in (first, second))
     f_1, f_2 = a_1 * W[:, first], a_2 * W[:, second]
-    ridge = ops.diagonal(P)[..., n:] + r
+    ridge = ops.diagonal(P)[..., -p:] + r
     inverse = 1 / (a_1 * f_1 + a_2 * f_2 + ridge)
     scale = lambda factor, rows: (inverse * factor)[..., None] * G[..., rows, :]
     H = [
@@ -62,9 +68,51 @@ def reduce(ops: Ops, cones: Cones, P: Array, A: Array, W: Array, r: Array | floa
     return Reduced(P[..., :n, :n] + G.mT @ (W[..., None] * H), H, (coupling, inverse))
 
 
+def _single_rows(cones: Cones) -> tuple[int, int]:
+    """First and last but one of the rows of curved cones that single variables stand in."""
+    stop = cones.rows - sum(len(weights) + 1 for weights in cones.pow)
+    return stop - 3 * cones.single, stop
+
+
+def own_coefficients(ops: Ops, cones: Cones, A: Array) -> Array:
+    """Rows (B, m, n') of curved cones without eliminated columns, whose coefficients are in a last one."""
+    s, n = cones.single, A.shape[-1] - cones.paired - cones.single
+    if not s:
+        return A[..., :n]
+    start, stop = _single_rows(cones)
+    own = [ops.diagonal(A[..., start + i : stop : 3, n : n + s]) for i in range(3)]
+    own = ops.reshape(ops.stack(own, -1), (-1, 3 * s, 1))
+    column = ops.concat([0 * A[..., :start, :1], own, 0 * A[..., stop:, :1]], -2)
+    return ops.concat([A[..., :n], column], -1)
+
+
+def reduce_single(
+    ops: Ops, cones: Cones, P: Array, half: Array, r: Array, pairs: tuple[Array, ...]
+) -> tuple[Array, tuple[Array, ...]]:
+    """The elimination of the single variables from rows H with their coefficients, see `own_coefficients`.
+
+    Returns:
+        The rows (B, m, n) of what is left, and `pairs` with those of single variables in front.
+    """
+    s, n = cones.single, half.shape[-1] - 1
+    if not s:
+        return half, pairs
+    start, stop = _single_rows(cones)
+    thirds = [half[:, start + i : stop : 3] for i in range(3)]  # rows may be given back in any order
+    H, a = [rows[..., :n] for rows in thirds], [rows[..., n:] for rows in thirds]
+    dot = lambda x: a[0] * x[0] + a[1] * x[1] + a[2] * x[2]
+    ridge = (ops.diagonal(batched(P))[..., n : n + s] + r)[..., None]
+    q, c = dot(a) + ridge, dot(H)
+    share = c / (q + ops.sqrt(q * ridge))
+    rows = [half[:, :start, :n], *(x - y * share for x, y in zip(H, a, strict=True)), half[:, stop:, :n]]
+    new = c / q, 1 / q[..., 0]
+    pairs = tuple(ops.concat(both, 1) for both in zip(new, pairs, strict=True)) if pairs else new
+    return ops.concat(rows, 1), pairs
+
+
 def shapes(cones: Cones, n: int) -> list[tuple[int, ...]]:
     """Shapes of the Cholesky factor of what is left, and of `pairs`, without the batch axis."""
-    p = cones.paired
+    p = cones.paired + cones.single
     return [(n - p, n - p)] + [(p, n - p), (p,)] * (p > 0)
 
 

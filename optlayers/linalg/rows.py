@@ -70,11 +70,9 @@ def spectral(
     return lambda u: ops.concat([weights * u[:, :k], tail(u[:, k:])], -1)
 
 
-def curved_gram(ops: Ops, cones: Cones, lin: Linearization, g: Callable[[Array], Array], A: Array) -> Array:
-    """A' g(D) A (B, n, n) on the curved cones, for g >= 0 and their rows A (m, n) or (B, m, n)."""
-    A = A if A.ndim == 3 else A[None]
-    half = curved.spectral(ops, cones, lin.cones, lambda d: ops.sqrt(g(d)), A, columns=True, rotated=True)
-    return half.mT @ half
+def curved_half(ops: Ops, cones: Cones, lin: Linearization, g: Callable[[Array], Array], A: Array) -> Array:
+    """Rows H (B, m, n) with H'H = A' g(D) A on the curved cones, for g >= 0 and their rows A."""
+    return curved.spectral(ops, cones, lin.cones, lambda d: ops.sqrt(g(d)), A, columns=True, rotated=True)
 
 
 def project_linearized(

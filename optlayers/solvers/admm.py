@@ -169,9 +169,10 @@ class ADMM:
             V = V @ Q
             return _Factor(values[None], V[None], (problem.A @ V)[None], (), ())
         k = problem.l.shape[-1]
-        matrix, H, pairs = reduce(ops, cones, problem.P, problem.A, R, self.sigma, k)
+        n = n - cones.paired
+        matrix, H, pairs = reduce(ops, cones.paired, n, problem.P, problem.A, R, self.sigma, k)
         V = invert(matrix)
-        U, n = H @ V, V.shape[-1]
+        U = H @ V
         is_small = U.shape[-2] <= 2 * n and not pairs
         return _Factor(ops.full((1, n), 0.0, rho), V, U, (U @ U.mT,) if is_small else (), pairs)
 

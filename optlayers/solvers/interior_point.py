@@ -262,7 +262,8 @@ def _factorize(ops: Ops, cones: Cones, problem: Problem, sides: _Sides, state: _
     weights = ops.where(sides.open > 0, state.z, sides.equal) / opposing
     W, rho = _gather(weights, 1), state.rho * state.boost
     P = sides.cost[..., None] * batched(problem.P)
-    matrix, _, pairs = reduce(ops, cones, P, problem.A, W, rho, W.shape[-1])
+    p, k = cones.paired, W.shape[-1]
+    matrix, _, pairs = reduce(ops, p, P.shape[-1] - p, P, problem.A, W, rho, k)
     return _System(ops.cholesky(ops.add_diagonal(matrix, rho)), pairs, rho[..., None], weights[:, None])
 
 

@@ -8,7 +8,7 @@ import optlayers.ops.numpy as numpy_ops
 import optlayers.ops.torch as torch_ops
 from checks import assert_close
 from optlayers.cones import Cones
-from optlayers.linalg.normal import cholesky_solve, reduce
+from optlayers.linalg.normal import cholesky_solve, own_coefficients, reduce, reduce_single
 
 jax = pytest.importorskip("jax")
 torch = pytest.importorskip("torch")
@@ -38,11 +38,35 @@ def test_solution(framework, is_shared, rng):
     ops, array = ARRAYS[framework]
     P, A, k = system(rng, is_shared)
     W, e = 10 ** rng.uniform(-2, 2, (BATCH, A.shape[-2])), 0.1 * np.ones((BATCH, 1))
-    r, cones = rng.standard_normal((BATCH, 2, FREE + PAIRED)), Cones(paired=PAIRED)
-    reduced = reduce(ops, cones, *map(array, (P, A, W, e)), k)
+    r = rng.standard_normal((BATCH, 2, FREE + PAIRED))
+    reduced = reduce(ops, PAIRED, FREE, *map(array, (P, A, W, e)), k)
     factor = ops.cholesky(ops.add_diagonal(reduced.matrix, array(e)))
     found = cholesky_solve(ops, factor, reduced.pairs, array(r))
     M = P + e[..., None] * np.eye(FREE + PAIRED) + A.swapaxes(-1, -2) @ (W[..., None] * A)
+    assert_close(np.asarray(found), (np.linalg.inv(M) @ r.swapaxes(-1, -2)).swapaxes(-1, -2), 1e-11)
+
+
+@pytest.mark.parametrize("paired", [0, 2])
+@pytest.mark.parametrize("framework", ARRAYS)
+def test_single_variables(framework, paired, rng):
+    """Between other cones, and before paired variables, of which `pairs` has something already."""
+    ops, array = ARRAYS[framework]
+    cones = Cones(soc=(4,), exp=7, pow=((0.5, 0.5),), single=PAIRED, paired=paired)
+    n, s, rows = FREE + PAIRED + paired, PAIRED, slice(4 + 6, 4 + 21)
+    A, P = rng.standard_normal((BATCH, cones.rows, n)), np.diag(rng.random(n))
+    own = A[:, rows, FREE : FREE + s].reshape(BATCH, s, 3, s)
+    A[..., FREE:] = 0.0
+    A[:, rows, FREE : FREE + s] = (own * np.eye(s)[:, None]).reshape(BATCH, 3 * s, s)
+    e, r = 0.1 * np.ones((BATCH, 1)), rng.standard_normal((BATCH, 1, FREE + s))
+    pairs = tuple(array(rng.random((BATCH, paired, *shape))) for shape in [(FREE,), ()]) if paired else ()
+    half = own_coefficients(ops, cones, array(A))
+    half, pairs = reduce_single(ops, cones, array(P), half, array(e), pairs)
+    assert [z.shape[1] for z in pairs] == [s + paired] * 2
+    kept = P[:FREE, :FREE] + np.asarray(half).swapaxes(-1, -2) @ np.asarray(half)
+    factor = ops.cholesky(ops.add_diagonal(array(kept), array(e)))
+    found = cholesky_solve(ops, factor, tuple(z[:, :s] for z in pairs), array(r))
+    A, P = A[..., : FREE + s], P[: FREE + s, : FREE + s]
+    M = P + e[..., None] * np.eye(FREE + s) + A.swapaxes(-1, -2) @ A
     assert_close(np.asarray(found), (np.linalg.inv(M) @ r.swapaxes(-1, -2)).swapaxes(-1, -2), 1e-11)
 
 
@@ -54,7 +78,7 @@ def test_no_cancellation(rng):
     A[:p, n:] = A[p:, n:] = -np.eye(p)
     heavy, light = 10 ** rng.uniform(8, 12, (1, p)), 10 ** rng.uniform(-3, 3, (1, p))
     W, P = np.concatenate([heavy, light], -1), np.zeros((n + p, n + p))
-    matrix, _, _ = reduce(numpy_ops, Cones(paired=p), P, A, W, 0.0, 2 * p)
+    matrix, _, _ = reduce(numpy_ops, p, n, P, A, W, 0.0, 2 * p)
     difference = A[:p, :n] - A[p:, :n]
     weight = (heavy * light / (heavy + light))[0]
     expected = difference.T @ (weight[:, None] * difference)

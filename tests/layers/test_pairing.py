@@ -1,4 +1,4 @@
-"""Variables that stand in two inequalities are eliminated in the solvers, without a trace in the outcome."""
+"""Variables in two inequalities, or in one cone, are eliminated in the solvers, without a trace outside."""
 
 import cvxpy as cp
 import numpy as np
@@ -43,12 +43,36 @@ def conic(rng, n=9, m=11):
     return problem, [F, g], [x], [rng.standard_normal((m, n)), 3 * rng.standard_normal(m)]
 
 
-PROBLEMS = [quadratic, linear, conic]
+def mixed(rng, n=9):
+    """Entropies, absolute values, and cones of other kinds before and behind the exponential ones."""
+    x, c, t = cp.Variable(n), cp.Parameter(n), cp.Variable(2)
+    F = rng.standard_normal((n, n)) / n
+    cost = c @ x - cp.sum(cp.entr(x)) + 0.1 * cp.norm1(F @ x - 0.2) + cp.sum_squares(x) + cp.sum(t)
+    powers = [cp.PowCone3D(t[0] + 1, t[1] + 1, x[0] + x[1], 0.4)]
+    rest = [cp.sum(x) == 1, cp.norm(x) <= 0.9, cp.exp(x[0]) + cp.exp(x[1]) <= 2.5, t <= 2]
+    return cp.Problem(cp.Minimize(cost), rest + powers), [c], [x], [rng.standard_normal(n)]
+
+
+PROBLEMS = [quadratic, linear, conic, mixed]
 
 
 def paired(problem, parameters, variables):
     program = CvxpyProgram(problem, parameters, variables, False, None, None, CHOICES)
     return program, program.program.cones.paired
+
+
+def test_places_of_single_variables(rng):
+    """They come before the paired ones, each in one of the last exponential cones."""
+    problem, parameters, variables, _ = mixed(rng)
+    program, p = paired(problem, parameters, variables)
+    solved, cones = program.solved, program.program.cones
+    assert p == 9 and cones.single == 9 and cones.exp == 11 and "(18 eliminated)" in program.summary()
+    row, column = np.divmod(solved.A.positions, solved.n)
+    stop = solved.m - 3  # before the power cone
+    cone, variable = (row - stop + 27) // 3, column - (solved.n - 18)
+    is_single = (variable >= 0) & (variable < 9)
+    assert is_single.sum() >= 9
+    np.testing.assert_array_equal(cone[is_single], variable[is_single])
 
 
 def batch_of(values, rng, count=5):
@@ -61,7 +85,7 @@ def test_places(build, count, rng):
     """The paired variables are the last ones, in the last linear rows, also after merging and elimination."""
     problem, parameters, variables, _ = build(rng)
     program, p = paired(problem, parameters, variables)
-    assert p == count and f"({p} paired)" in program.summary()
+    assert p == count and f"({p} eliminated)" in program.summary()
     solved = program.solved
     k, n = solved.cones.zero + solved.cones.nonneg, solved.n
     row, column = np.divmod(solved.A.positions, n)
@@ -105,8 +129,9 @@ def test_multipliers_of_all_rows(frontend, build, rng):
 @pytest.mark.parametrize("build", PROBLEMS)
 def test_derivatives(frontend, build, rng):
     problem, parameters, variables, values = build(rng)
-    layer = frontend.CvxpyLayer(problem, parameters, variables[:1], order=2 if build is conic else 1)
-    frontend.check_derivatives(layer, values, 2 if build is conic and frontend.name == "torch" else 1)
+    order = 2 if build in (conic, mixed) and frontend.name == "torch" else 1
+    layer = frontend.CvxpyLayer(problem, parameters, variables[:1], order=order)
+    frontend.check_derivatives(layer, values, order)
 
 
 @pytest.mark.parametrize("build", PROBLEMS)
@@ -115,7 +140,7 @@ def test_solutions_are_those_without_elimination(frontend, build, rng, monkeypat
     problem, parameters, variables, values = build(rng)
     batch = [frontend.array(value) for value in batch_of(values, rng)]
     bad = [1.0 * np.asarray(value) for value in batch]
-    bad[1][2] = np.nan
+    bad[-1][2] = np.nan
     weights = rng.standard_normal(variables[0].shape)
     results = []
     for fewest in (pairing.FEWEST, 1000):
