@@ -181,11 +181,14 @@ class ConicSolve:
 
 def _repair(ops: Ops, factor: Factor, failed: Array) -> Factor:
     """Without a valid factor the derivative is masked: it must not turn into NaN."""
-    cholesky, pairs = factor.cholesky, factor.pairs
-    identity = ops.broadcast_to(ops.eye(cholesky.shape[-1], cholesky), cholesky.shape)
-    harmless = identity, tuple(ops.full(x.shape, 0.0, x) for x in pairs)
-    repair = lambda *parts: select(ops, failed, harmless, parts)
-    cholesky, pairs = ops.cond(ops.any(failed), repair, lambda *parts: parts, cholesky, pairs)
+
+    def repair(cholesky, pairs):
+        identity = ops.broadcast_to(ops.eye(cholesky.shape[-1], cholesky), cholesky.shape)
+        harmless = identity, tuple(ops.full(x.shape, 0.0, x) for x in pairs)
+        return select(ops, failed, harmless, (cholesky, pairs))
+
+    parts = factor.cholesky, factor.pairs
+    cholesky, pairs = ops.cond(ops.any(failed), repair, lambda *parts: parts, *parts)
     return factor._replace(cholesky=cholesky, pairs=pairs)
 
 

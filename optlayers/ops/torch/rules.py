@@ -90,9 +90,11 @@ _Deferred.forward.__signature__ = inspect.signature(_Deferred.forward)
 
 
 def _on_host_or_device(adjoint, needed, *tensors):
-    if host.serves_call([x for part in tensors for x in part if x is not None and x.is_floating_point()]):
+    floats = [x for part in tensors for x in part if x is not None and x.is_floating_point()]
+    if host.serves_call(floats):
         return host.call(adjoint, needed, *map(tuple, tensors))
-    return adjoint(sys.modules[__package__], needed, *tensors)
+    with torch.autocast(floats[0].device.type, enabled=False):
+        return adjoint(sys.modules[__package__], needed, *tensors)
 
 
 def deferred(function, order, values, inputs, constants, adjoint=None):
