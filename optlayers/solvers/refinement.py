@@ -49,7 +49,7 @@ def units(ops: Ops, problem: Problem, scaling: Scaling) -> Units:
 
 
 def evaluate(ops: Ops, cones: Cones, problem: Problem, units: Units, x: Array, v: Array):
-    """F at (x, v), the larger of its two relative residuals, and D at v.
+    """F at (x, v), the larger of its two relative residuals, whether that may be relied on, and D at v.
 
     The primal one is relative to the larger of b and A x, plus one; the dual one to that of q and A'y.
     """
@@ -62,9 +62,8 @@ def evaluate(ops: Ops, cones: Cones, problem: Problem, units: Units, x: Array, v
     pairs = ((F[0], Aty, units.dual), (F[1], Ax, units.primal))
     residual, term = (ops.stack([norm(ops, pair[i] * pair[2]) for pair in pairs], -1) for i in (0, 1))
     error = ops.amax(residual / (units.one + ops.maximum(units.given, term)), -1)
-    if cones.rows:
-        error = ops.where(_is_resolved(ops, problem, units, s, F[1]), error, ops.inf)
-    return F, error, linearization
+    is_resolved = _is_resolved(ops, problem, units, s, F[1]) if cones.rows else error == error
+    return F, error, is_resolved, linearization
 
 
 def _is_resolved(ops: Ops, problem: Problem, units: Units, s: Array, F2: Array) -> Array:
@@ -112,9 +111,9 @@ def refine(
         factor = factorize_at(ops, cones, problem, linearization, ops.minimum(e, 0.01)[:, None])
         dx, dv = solve_refined(ops, cones, problem.P, problem.A, factor, F)
         x, v = x + dx, v + dv
-        F, error, linearization = evaluate(ops, cones, problem, units, x, v)
+        F, error, is_resolved, linearization = evaluate(ops, cones, problem, units, x, v)
         # A problem that has reached the target stays as it is, whatever the rest of the batch still needs.
-        better = needed & (error < best.residual)
+        better = needed & is_resolved & (error < best.residual)
         best = select(ops, better, Point(x, v, error, factor), best)
         return best, needed & (best.residual > target), (x, v), (F, error, linearization)
 
@@ -124,9 +123,9 @@ def refine(
         return k + 1, ops.on_rows(state[1], step, data, ndims, state)
 
     relative_to = units(ops, problem, scaling)
-    F, error, linearization = evaluate(ops, cones, problem, relative_to, *start)
+    F, error, is_resolved, linearization = evaluate(ops, cones, problem, relative_to, *start)
     # The factor kept is none of this point; e = 1 says so, where it counts (`linalg.sensitivity.prepare`).
-    better = needs_step(best) & (error < best.residual)
+    better = needs_step(best) & is_resolved & (error < best.residual)
     kept = best.factor._replace(e=ops.where(better[:, None], 1.0, best.factor.e))
     x, v, residual = select(ops, better, (*start, error), best[:3])
     best = Point(x, v, residual, kept)
