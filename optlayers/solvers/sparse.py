@@ -226,8 +226,10 @@ class _LaneSolve(NamedTuple):
         factor: Any = None
         x, v = start
         for count in range(steps + 1):
-            F, error, linearization = evaluate(HOST, settings.cones, self.problem, relative_to, x, v)
-            if error[0] < best.residual[0]:
+            F, error, is_resolved, linearization = evaluate(
+                HOST, settings.cones, self.problem, relative_to, x, v
+            )
+            if is_resolved[0] and error[0] < best.residual[0]:
                 best = Point(x, v, error, factor)
             if best.residual[0] <= target or count == steps or not np.isfinite(error[0]):
                 return best, count
