@@ -70,10 +70,12 @@ def _is_resolved(ops: Ops, problem: Problem, units: Units, s: Array, F2: Array) 
     """Whether the curved cones still see the data (B,).
 
     Beside a slack of size t, data of size 1 move the boundary by 1 / t. As |(1, x)| <= x fails by 1 / 2x, a
-    large x would pass for its solution, if errors were only compared with x.
+    large x would pass for its solution, if errors were only compared with x. In single precision rounding
+    alone is as large from t = 100 on: there only a slack of size 1 / sqrt(eps), which hides all data, is not.
     """
+    limit = max(0.01, 2**23 * ops.eps(s))
     size, error = (norm(ops, (z * units.primal)[:, problem.l.shape[-1] :]) for z in (s, F2))
-    return ops.maximum(error, ops.eps(s) * size) * size <= 0.01 * (1 + units.given[:, 1]) ** 2
+    return ops.maximum(error, ops.eps(s) * size) * size <= limit * (1 + units.given[:, 1]) ** 2
 
 
 def smallest_regularization(ops: Ops, x: Array) -> float:

@@ -279,3 +279,22 @@ def test_constant_that_was_only_said_to_be_convex(frontend):
     cost = cp.quad_form(x, np.diag([1.0, -1.0]), assume_PSD=True) + q @ x
     layer = frontend.CvxpyLayer(cp.Problem(cp.Minimize(cost), [cp.abs(x) <= 1]), [q], [x], on_failure="mask")
     assert list(Status)[int(layer.solve(frontend.array([0.1, 0.2])).status)] is Status.NON_CONVEX
+
+
+def test_single_precision_allows_slacks_much_larger_than_the_data(rng):
+    """Rounding is larger there than what would tell them from a problem that is infeasible by a little."""
+    jax = pytest.importorskip("jax")
+    from optlayers.jax import CvxpyLayer
+
+    x, q = cp.Variable(3), cp.Parameter(3)
+    problem = cp.Problem(cp.Minimize(cp.norm(x - 1) + cp.sum_squares(x) / 1000 - q @ x))
+    values = 2 + rng.random((4, 3))
+    with jax.enable_x64(False):
+        quick = {"xla_backend_optimization_level": 0}
+        solve = jax.jit(CvxpyLayer(problem, [q], [x], on_failure="nan").solve, compiler_options=quick)
+        solution = solve(jax.numpy.asarray(values, "float32"))
+    found = np.asarray(solution.variables[0])
+    assert found.dtype == np.float32 and not solution.status.any() and abs(found).max() > 1000
+    # 2 x / 1000 = q - (x - 1) / |x - 1|
+    direction = (found - 1) / np.linalg.norm(found - 1, axis=1, keepdims=True)
+    assert_close(found, 500 * (values - direction), 1e-4)
