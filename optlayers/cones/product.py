@@ -48,6 +48,7 @@ class Cones:
         paired: number of variables, the last ones, of which each stands in two of the last nonneg rows, no
             other of them does, and in no other row, and P has no entries beside their diagonal ones: first
             come the first rows of all of them, then the second ones. Solvers eliminate such variables.
+            A CvxpyLayer arranges and counts them; `solve_conic` takes none.
         single: number of variables, before the paired ones, of which each stands in one of the last
             exponential cones, one after the other, and in no other row; as for P, see above.
 

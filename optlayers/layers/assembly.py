@@ -169,7 +169,8 @@ def _contribution(ops: Ops, terms: _Terms, theta: Sequence[Array], shape: tuple[
         if (*lead, *shape) != tuple(picked.shape):  # a matrix as a whole need not be copied
             picked = flat(picked)
     if isinstance(coefs, np.ndarray):
-        picked = flat(picked) * _row(ops.constant(coefs, picked), flat(picked))
+        picked = flat(picked)
+        picked = picked * _row(ops.constant(coefs, picked), picked)
     elif coefs != 1:
         picked = coefs * picked
     if positions is not None:

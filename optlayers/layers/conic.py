@@ -15,11 +15,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..cones import Cones
-from ..implicit import attach
 from ..linalg import normal
-from ..linalg.kkt import Factor, Problem, Scaled, factorize, matvec, matvec_symmetric
-from ..linalg.rows import flatten, project_linearized, shapes, spectral, unflatten
-from ..linalg.sensitivity import Regularity, prepare, solve_sensitivity
+from ..linalg.kkt import Factor, Problem, factorize
+from ..linalg.rows import flatten, project_linearized, shapes
+from ..linalg.sensitivity import Regularity, prepare
 from ..ops import Array, Ops, select
 from ..solvers.admm import ADMM
 from ..solvers.base import RUNNING, Solver, advance, conclude, rounds, run, start, tolerances
@@ -29,6 +28,7 @@ from ..solvers.refinement import Point, smallest_regularization
 from ..solvers.scaling import Scaling, equilibrate
 from ..status import Status, check, is_usable
 from .approximate import LPGD, Smoothed, lpgd, smoothed
+from .conic_derivative import adjoint, derived
 
 
 class ConicSolution(NamedTuple):
@@ -288,131 +288,12 @@ def _with_free_row(ops: Ops, data: Problem, warm: Sequence[Array]) -> tuple[Prob
 
 def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[Array]) -> ConicSolution:
     x, s, y, error, status, iterations, *system = ops.leaf(layer.solve, (*data, *warm))
-    function, adjoint = partial(_derived, ops, layer), partial(_adjoint, layer)
-    x, s, y = ops.deferred(function, layer.order, (x, s, y), data, (status, *system), adjoint)
+    rules = partial(derived, ops, layer), partial(adjoint, layer)
+    x, s, y = ops.deferred(rules[0], layer.order, (x, s, y), data, (status, *system), rules[1])
     return ConicSolution(x, s, y, status, iterations, error, Regularity(*(k > 0 for k in system[:2])))
 
 
-def _derived(
-    ops: Ops, layer: ConicLayer, order: int, data: Sequence[Array], constants: Sequence[Array]
-) -> tuple[Array, Array, Array]:
-    """x, s and y with derivatives in the data up to `order`."""
-    status, x_unique, y_unique, x, v, D, E, c, e, *factors = constants
-    P, q, A, b, l, u = _without(ops, status == Status.NON_FINITE.code, Problem(*data))
-    n, cones, derived = q.shape[-1], layer.solve.cones, layer.is_derived(status)[:, None]
-    singular = is_usable(status) & (x_unique * y_unique == 0)
-    count = len(normal.shapes(cones, n))
-    linearization = unflatten(cones, factors[count:])
-    q, b, l, u = (z[None] if z.ndim == 1 else z for z in (q, b, l, u))
-    bounds = (ops.where(derived, bound, ops.stop_gradient(bound)) for bound in (l, u))
-    bounds = tuple(E[:, : bound.shape[-1]] * bound for bound in bounds)
-
-    def invert(r, transposed, P, A, D, E, c, singular, e, cholesky, *rest):
-        # J0 of the scaled problem, applied through the matrices of the unscaled one.
-        P, A = Scaled(c * D, P, D), Scaled(E, A, D)
-        pairs, flat = tuple(rest[: count - 1]), rest[count - 1 :]
-        factor = Factor(cholesky, pairs, unflatten(cones, flat), e)
-        F = r[:, :n], r[:, n:]
-        return -ops.concat(solve_sensitivity(ops, cones, P, A, factor, singular, F, transposed), -1)
-
-    inverse = lambda r: ops.increment(invert, r, P, A, D, E, c, singular, e, *factors)
-
-    def unscale(z):
-        v = z[:, n:]
-        s = project_linearized(ops, cones, bounds, linearization, v, order)
-        return Scaling(D, E, c).restore(z[:, :n], s, s - v)
-
-    def residual(z):
-        x, s, y = unscale(z)
-        Ax, Aty = ops.products(A, x, y)
-        F1 = c * D * (matvec_symmetric(P, x) + q + Aty)
-        F = ops.concat([F1, E * (Ax + s - b)], -1)
-        return ops.where(derived, F, 0.0)
-
-    return unscale(attach(ops, residual, inverse, ops.concat([x, v], -1), order))
-
-
-def _adjoint(
-    layer: ConicLayer,
-    ops: Ops,
-    needed: Sequence[bool],
-    data: Sequence[Array],
-    constants: Sequence[Array],
-    cotangents: Sequence[Array | None],
-) -> tuple[Array, ...]:
-    """First derivatives of `_derived` in reverse mode, written out: cotangents of the data that are `needed`.
-
-    With d = -J^-T (cotangents of the scaled x and v), the equations P x + q + A'y and A x + s - b have the
-    cotangents a = c D d_1 and e = E d_2.
-    """
-    status, x_unique, y_unique, x, v, D, E, c, regularization, *factors = constants
-    P, q, A, b, l, u = data = _without(ops, status == Status.NON_FINITE.code, Problem(*data))
-    cones, derived = layer.solve.cones, layer.is_derived(status)[:, None]
-    singular = is_usable(status) & (x_unique * y_unique == 0)
-    count = len(normal.shapes(cones, x.shape[-1]))
-    linearization = unflatten(cones, factors[count:])
-    factor = Factor(factors[0], tuple(factors[1:count]), linearization, regularization)
-    E_bounds = E[:, : l.shape[-1]]
-    bounds = tuple(E_bounds * (z[None] if z.ndim == 1 else z) for z in (l, u))
-    s = project_linearized(ops, cones, bounds, linearization, v, 1)
-    x_bar, s_bar, y_bar = (
-        ops.full(z.shape, 0.0, z) if bar is None else bar
-        for bar, z in zip(cotangents, (x, v, v), strict=True)
-    )
-    slack = s_bar / E + y_bar * E / c  # of the scaled s
-    v_bar = spectral(ops, cones, linearization, lambda d: d)(slack) - y_bar * E / c
-    F = ops.where(derived, D * x_bar, 0.0), ops.where(derived, v_bar, 0.0)
-    P_hat, A_hat = Scaled(c * D, P, D), Scaled(E, A, D)
-    d = solve_sensitivity(ops, cones, P_hat, A_hat, factor, singular, F, transposed=True)
-    a, e = (ops.where(derived, z, 0.0) for z in (c * D * d[0], E * d[1]))
-    x, y = D * x, (s - v) * E / c
-
-    def at_bound(side):
-        total = ops.where(derived, slack + e / E + E / c * matvec(A, a), 0.0)[:, : side.shape[-1]]
-        return E_bounds * (1 - linearization.free) * side * total
-
-    bars = (
-        lambda: _outer(ops, P, (x,), (a,)),
-        lambda: a,
-        lambda: _outer(ops, A, (e, y), (x, a)),
-        lambda: -e,
-        lambda: at_bound(linearization.lower),
-        lambda: at_bound(1 - linearization.lower),
-    )
-    chosen = [(z, bar()) for z, bar, is_needed in zip(data, bars, needed, strict=True) if is_needed]
-    return tuple(_summed(ops, bar, z) for z, bar in chosen)
-
-
-def _outer(ops: Ops, matrix: Array, left: Sequence[Array], right: Sequence[Array]) -> Array:
-    """The sum of outer products of vectors (B, k) and (B, n), over the batch where it shares the matrix."""
-    is_shared = matrix.ndim == 2 or len(matrix) < len(left[0])
-    join = (lambda parts: ops.concat(parts, 0)) if is_shared else (lambda parts: ops.stack(parts, -2))
-    return join(left).mT @ join(right)
-
-
-def _summed(ops: Ops, bar: Array, like: Array) -> Array:
-    """The cotangent with the axes of `like`, summed over the batch where that has none of its own."""
-    if bar.ndim > like.ndim or len(bar) > len(like):
-        bar = ops.sum(bar, 0)
-    return ops.reshape(bar, like.shape)
-
-
 GRADIENTS = {"exact": None, "smoothed": Smoothed(), "lpgd": LPGD()}
-
-
-def _without(ops: Ops, bad: Array, data: Problem) -> Problem:
-    """The data with zeros for the `bad` problems (B,), whose NaN would reach shared parameters as 0 * NaN."""
-
-    def clean(data):
-        parts = []
-        for z, own in zip(data, Problem.ndims, strict=True):
-            keep = z == z if own == 1 and z.shape[-1] == data[4].shape[-1] else ops.isfinite(z)
-            if z.ndim > own:
-                keep = ~ops.reshape(bad, (-1,) + (1,) * own)
-            parts.append(ops.where(keep, z, 0.0))
-        return tuple(parts)
-
-    return Problem(*ops.cond_or_both(ops.any(bad), clean, tuple, tuple(data)))
 
 
 def conic_layer(

@@ -113,7 +113,8 @@ def eliminate(
     A may be None where there are `shifts`.
     """
     P, q, A, b, l, u = data
-    N, (W, k) = ops.constant(plan.basis, q), (None, 0)
+    N = ops.constant(plan.basis, q)
+    W, k = None, 0
     if plan.dependent is not None:
         W, k = ops.constant(plan.dependent, q), plan.dependent.shape[-1]
     zeros = lambda *shape: ops.full(shape, 0.0, q)

@@ -236,13 +236,6 @@ class Ops(Protocol):
         """
         ...
 
-    def products(self, A: Array, x: Array, y: Array) -> tuple[Array, Array]:
-        """A x (B, m) and A'y (B, n) as far as derivatives are concerned; their values may be zeros.
-
-        For what `increment` takes. The derivative in A (m, n) or (B, m, n) is one matrix instead of two.
-        """
-        ...
-
     def jacobian(self, function: Callable, x: Array) -> Array:
         """Jacobians (B, k, k) of a map of (B, ...) to itself that treats each row of the batch by itself.
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ..cones import Cones
 from ..linalg.kkt import Problem, matvec, matvec_symmetric, norm
-from ..linalg.normal import batched, reduce, solve_reduced
+from ..linalg.normal import pair_coefficients, reduce, solve_reduced
 from ..linalg.rows import project
 from ..ops import Array, Ops
 from .base import Direction
@@ -185,8 +185,7 @@ def _response(ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> Ca
         return lambda r: matvec_symmetric(*UUt, r)
     if not pairs:
         return lambda r: matvec(U, inverse * matvec(U.mT, r))
-    blocks = [batched(problem.A)[..., rows, -p:] for rows in (slice(k - 2 * p, k - p), slice(k - p, k))]
-    a = ops.stack([ops.diagonal(block) for block in blocks], -2)  # (..., 2, p)
+    a = ops.stack(pair_coefficients(ops, p, problem.A, k), -2)
     weights = a * pairs[1][:, None]
 
     def response(r):

@@ -1130,43 +1130,6 @@ def test_increment_of_any_order(ops, framework, modes):
     assert_close(derivative, 3 * CUBE_DERIVATIVES[len(modes)](x))
 
 
-@pytest.mark.parametrize("own", [(), (1,), (3,)])
-def test_products(ops, framework, rng, own):
-    """All derivatives of A x and A'y but their values, which are not asked for."""
-    A, x, y = rng.normal(size=(*own, 4, 2)), rng.normal(size=(3, 2)), rng.normal(size=(3, 4))
-    row, column = rng.normal(size=(3, 4)), rng.normal(size=(3, 2))
-    times = lambda A, x: (A @ x[..., None])[..., 0]
-    arrays = [framework.array(z) for z in (A, x, y)]
-    cotangents = tuple(framework.array(z) for z in (row, column))
-    _, pullback = framework.vjp(lambda *z: ops.products(*z), *arrays)[:2]
-    outer = row[..., None] * x[:, None] + y[..., None] * column[:, None]
-    outer = outer if own == (3,) else outer.sum(0).reshape(A.shape)
-    expected = outer, times(A.swapaxes(-1, -2), row), times(A, column)
-    for actual, value in zip(pullback(cotangents), expected, strict=True):
-        assert_close(actual, value)
-    changes = tuple(framework.array(z) for z in (2 * A, column, row))
-    tangents = framework.jvp(lambda *z: ops.products(*z), tuple(arrays), changes)[1]
-    transposed = A.swapaxes(-1, -2)
-    assert_close(tangents[0], times(2 * A, x) + times(A, column))
-    assert_close(tangents[1], times(2 * transposed, y) + times(transposed, row))
-
-
-@pytest.mark.parametrize("own", [(), (1,), (3,)])
-def test_products_on_the_tape_of_torch(torch, rng, own):
-    from optlayers.ops import torch as ops
-
-    draw = lambda *shape: torch.tensor(rng.normal(size=shape), requires_grad=True)
-    inputs, weights = [draw(*own, 4, 2), draw(3, 2), draw(3, 4)], [draw(3, 4), draw(3, 2)]
-    plain = lambda A, x, y: ((A @ x[..., None])[..., 0], (A.mT @ y[..., None])[..., 0])
-    found = []
-    for function in (ops.products, plain):
-        first = torch.autograd.grad(function(*inputs), inputs, weights, create_graph=True)
-        second = torch.autograd.grad(sum((z**3).sum() for z in first), [*inputs, *weights])
-        found.append([*first, *second])
-    for actual, expected in zip(*found, strict=True):
-        assert_close(actual, expected.detach().numpy())
-
-
 # Functions that are called for their derivatives only
 
 

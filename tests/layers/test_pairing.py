@@ -173,3 +173,9 @@ def test_negative_costs_are_unbounded(frontend, rng):
     outcomes = [list(Status)[code] for code in frontend.numpy(found.status)]
     assert outcomes == [Status.SOLVED, Status.DUAL_INFEASIBLE]
     assert_close(frontend.numpy(found.variables[0])[0], 0.75 * np.ones(8), 1e-9)
+
+
+def test_only_layers_count_them(frontend):
+    A, b = frontend.array(np.eye(2)), frontend.array(np.ones(2))
+    with pytest.raises(ValueError, match="only a CvxpyLayer counts"):
+        frontend.module.solve_conic(None, b, A, b, frontend.module.Cones(nonneg=2, paired=1))

@@ -63,11 +63,6 @@ def increment(solve, r, *frozen):
     return _increment(solve, r, frozen)
 
 
-def products(A, x, y):
-    times = lambda A, x: x @ A.mT if A.ndim == 2 else (x[..., None, :] @ A.mT)[..., 0, :]
-    return times(A, x), times(A.mT, y)
-
-
 def recorded_at(function, x):
     return function
 

@@ -156,35 +156,6 @@ def increment(solve, r, *frozen):
     return _Increment.apply(r, solve, False, *(x.detach() for x in frozen))
 
 
-class _Products(torch.autograd.Function):
-    """Zeros, with the derivatives of A x and A'y in reverse mode."""
-
-    @staticmethod
-    def forward(ctx, A, x, y):
-        ctx.save_for_backward(A, x, y)
-        return torch.zeros_like(y), torch.zeros_like(x)
-
-    @staticmethod
-    def backward(ctx, row, column):
-        A, x, y = ctx.saved_tensors
-        A_bar = None
-        if ctx.needs_input_grad[0]:
-            is_shared = A.ndim == 2 or len(A) < len(x)
-            join = torch.cat if is_shared else lambda pair: torch.stack(pair, -2)
-            A_bar = (join([row, y]).mT @ join([x, column])).reshape(A.shape)
-        return A_bar, _times(A.mT, row), _times(A, column)
-
-
-def products(A, x, y):
-    if is_dual() or torch.compiler.is_compiling():
-        return _times(A, x), _times(A.mT, y)
-    return _Products.apply(A, x, y)
-
-
-def _times(A, x):
-    return x @ A.mT if A.ndim == 2 else (x[..., None, :] @ A.mT)[..., 0, :]
-
-
 def recorded_at(function, x):
     return function if is_transformed() else _Recorded(function, x)
 

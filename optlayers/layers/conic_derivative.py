@@ -1,0 +1,147 @@
+"""Derivatives of the solution of a cone program in its data, from the KKT equations at the solution.
+
+`derived` has those of every order and mode, by chord steps (see `optlayers.implicit`); `adjoint` is the first
+one in reverse mode, written out, for torch: without a tape, and in NumPy where a call is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..cones import Cones
+from ..implicit import attach
+from ..linalg import normal
+from ..linalg.kkt import Factor, Problem, Scaled, matvec, matvec_symmetric
+from ..linalg.rows import Linearization, project_linearized, spectral, unflatten
+from ..linalg.sensitivity import solve_sensitivity
+from ..ops import Array, Ops
+from ..solvers.scaling import Scaling
+from ..status import Status, is_usable
+
+if TYPE_CHECKING:
+    from .conic import ConicLayer
+
+
+def derived(
+    ops: Ops, layer: ConicLayer, order: int, data: Sequence[Array], constants: Sequence[Array]
+) -> tuple[Array, Array, Array]:
+    """x, s and y with derivatives in the data up to `order`."""
+    status, x_unique, y_unique, x, v, D, E, c, e, *factors = constants
+    P, q, A, b, l, u = _without(ops, status == Status.NON_FINITE.code, Problem(*data))
+    n, cones, is_derived = q.shape[-1], layer.solve.cones, layer.is_derived(status)[:, None]
+    singular = is_usable(status) & (x_unique * y_unique == 0)
+    linearization = _linearization(cones, n, factors)
+    q, b, l, u = (z[None] if z.ndim == 1 else z for z in (q, b, l, u))
+    bounds = (ops.where(is_derived, bound, ops.stop_gradient(bound)) for bound in (l, u))
+    bounds = tuple(E[:, : bound.shape[-1]] * bound for bound in bounds)
+
+    def invert(r, transposed, *frozen):
+        return -ops.concat(_solve(ops, cones, (r[:, :n], r[:, n:]), transposed, *frozen), -1)
+
+    inverse = lambda r: ops.increment(invert, r, P, A, D, E, c, singular, e, *factors)
+
+    def unscale(z):
+        v = z[:, n:]
+        s = project_linearized(ops, cones, bounds, linearization, v, order)
+        return Scaling(D, E, c).restore(z[:, :n], s, s - v)
+
+    def residual(z):
+        x, s, y = unscale(z)
+        F1 = c * D * (matvec_symmetric(P, x) + q + matvec(A.mT, y))
+        F = ops.concat([F1, E * (matvec(A, x) + s - b)], -1)
+        return ops.where(is_derived, F, 0.0)
+
+    return unscale(attach(ops, residual, inverse, ops.concat([x, v], -1), order))
+
+
+def adjoint(
+    layer: ConicLayer,
+    ops: Ops,
+    needed: Sequence[bool],
+    data: Sequence[Array],
+    constants: Sequence[Array],
+    cotangents: Sequence[Array | None],
+) -> tuple[Array, ...]:
+    """First derivatives of `derived` in reverse mode: cotangents of those of the data that are needed.
+
+    With d = -J^-T (cotangents of the scaled x and v), the equations P x + q + A'y and A x + s - b have the
+    cotangents a = c D d_1 and e = E d_2.
+    """
+    status, x_unique, y_unique, x, v, D, E, c, regularization, *factors = constants
+    P, _, A, _, l, u = data = _without(ops, status == Status.NON_FINITE.code, Problem(*data))
+    cones, is_derived = layer.solve.cones, layer.is_derived(status)[:, None]
+    singular = is_usable(status) & (x_unique * y_unique == 0)
+    linearization = _linearization(cones, x.shape[-1], factors)
+    E_bounds = E[:, : l.shape[-1]]
+    bounds = tuple(E_bounds * (z[None] if z.ndim == 1 else z) for z in (l, u))
+    s = project_linearized(ops, cones, bounds, linearization, v, 1)
+    x_bar, s_bar, y_bar = (
+        ops.full(z.shape, 0.0, z) if bar is None else bar
+        for bar, z in zip(cotangents, (x, v, v), strict=True)
+    )
+    slack = s_bar / E + y_bar * E / c  # of the scaled s
+    v_bar = spectral(ops, cones, linearization, lambda d: d)(slack) - y_bar * E / c
+    F = ops.where(is_derived, D * x_bar, 0.0), ops.where(is_derived, v_bar, 0.0)
+    d = _solve(ops, cones, F, True, P, A, D, E, c, singular, regularization, *factors)
+    a, e = (ops.where(is_derived, z, 0.0) for z in (c * D * d[0], E * d[1]))
+    x, y = D * x, (s - v) * E / c
+
+    def at_bound(side):
+        total = ops.where(is_derived, slack + e / E + E / c * matvec(A, a), 0.0)[:, : side.shape[-1]]
+        return E_bounds * (1 - linearization.free) * side * total
+
+    bars = (
+        lambda: _outer(ops, P, (x,), (a,)),
+        lambda: a,
+        lambda: _outer(ops, A, (e, y), (x, a)),
+        lambda: -e,
+        lambda: at_bound(linearization.lower),
+        lambda: at_bound(1 - linearization.lower),
+    )
+    chosen = [(z, bar()) for z, bar, is_needed in zip(data, bars, needed, strict=True) if is_needed]
+    return tuple(_summed(ops, bar, z) for z, bar in chosen)
+
+
+def _solve(ops, cones, F, transposed, P, A, D, E, c, singular, e, *factors) -> tuple[Array, Array]:
+    """`solve_sensitivity` for the scaled problem, applied through the matrices of the unscaled one."""
+    n = F[0].shape[-1]
+    count = len(normal.shapes(cones, n))
+    factor = Factor(factors[0], tuple(factors[1:count]), _linearization(cones, n, factors), e)
+    return solve_sensitivity(
+        ops, cones, Scaled(c * D, P, D), Scaled(E, A, D), factor, singular, F, transposed
+    )
+
+
+def _linearization(cones: Cones, n: int, factors: Sequence[Array]) -> Linearization:
+    """The last of what the leaf returns, behind the arrays of the factor."""
+    return unflatten(cones, list(factors[len(normal.shapes(cones, n)) :]))
+
+
+def _outer(ops: Ops, matrix: Array, left: Sequence[Array], right: Sequence[Array]) -> Array:
+    """The sum of outer products of vectors (B, k) and (B, n), over the batch where it shares the matrix."""
+    is_shared = matrix.ndim == 2 or len(matrix) < len(left[0])
+    join = (lambda parts: ops.concat(parts, 0)) if is_shared else (lambda parts: ops.stack(parts, -2))
+    return join(left).mT @ join(right)
+
+
+def _summed(ops: Ops, bar: Array, like: Array) -> Array:
+    """The cotangent with the axes of `like`, summed over the batch where that has none of its own."""
+    if bar.ndim > like.ndim or len(bar) > len(like):
+        bar = ops.sum(bar, 0)
+    return ops.reshape(bar, like.shape)
+
+
+def _without(ops: Ops, bad: Array, data: Problem) -> Problem:
+    """The data with zeros for the `bad` problems (B,), whose NaN would reach shared parameters as 0 * NaN."""
+
+    def clean(data):
+        parts = []
+        for z, own in zip(data, Problem.ndims, strict=True):
+            keep = z == z if own == 1 and z.shape[-1] == data[4].shape[-1] else ops.isfinite(z)
+            if z.ndim > own:
+                keep = ~ops.reshape(bad, (-1,) + (1,) * own)
+            parts.append(ops.where(keep, z, 0.0))
+        return tuple(parts)
+
+    return Problem(*ops.cond_or_both(ops.any(bad), clean, tuple, tuple(data)))
