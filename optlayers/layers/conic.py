@@ -288,8 +288,9 @@ def _with_free_row(ops: Ops, data: Problem, warm: Sequence[Array]) -> tuple[Prob
 
 def _differentiable(ops: Ops, layer: ConicLayer, data: Problem, warm: Sequence[Array]) -> ConicSolution:
     x, s, y, error, status, iterations, *system = ops.leaf(layer.solve, (*data, *warm))
-    rules = partial(derived, ops, layer), partial(adjoint, layer)
-    x, s, y = ops.deferred(rules[0], layer.order, (x, s, y), data, (status, *system), rules[1])
+    choices = layer.solve.cones, layer.is_derived
+    rule, reverse = partial(derived, ops, *choices), partial(adjoint, *choices)
+    x, s, y = ops.deferred(rule, layer.order, (x, s, y), data, (status, *system), reverse)
     return ConicSolution(x, s, y, status, iterations, error, Regularity(*(k > 0 for k in system[:2])))
 
 

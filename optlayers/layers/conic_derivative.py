@@ -6,8 +6,7 @@ one in reverse mode, written out, for torch: without a tape, and in NumPy where 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 from ..cones import Cones
 from ..implicit import attach
@@ -19,17 +18,19 @@ from ..ops import Array, Ops
 from ..solvers.scaling import Scaling
 from ..status import Status, is_usable
 
-if TYPE_CHECKING:
-    from .conic import ConicLayer
-
 
 def derived(
-    ops: Ops, layer: ConicLayer, order: int, data: Sequence[Array], constants: Sequence[Array]
+    ops: Ops,
+    cones: Cones,
+    usable: Callable[[Array], Array],
+    order: int,
+    data: Sequence[Array],
+    constants: Sequence[Array],
 ) -> tuple[Array, Array, Array]:
-    """x, s and y with derivatives in the data up to `order`."""
+    """x, s and y with derivatives in the data up to `order`, where `usable(status)` says so."""
     status, x_unique, y_unique, x, v, D, E, c, e, *factors = constants
     P, q, A, b, l, u = _without(ops, status == Status.NON_FINITE.code, Problem(*data))
-    n, cones, is_derived = q.shape[-1], layer.solve.cones, layer.is_derived(status)[:, None]
+    n, is_derived = q.shape[-1], usable(status)[:, None]
     singular = is_usable(status) & (x_unique * y_unique == 0)
     linearization = _linearization(cones, n, factors)
     q, b, l, u = (z[None] if z.ndim == 1 else z for z in (q, b, l, u))
@@ -56,7 +57,8 @@ def derived(
 
 
 def adjoint(
-    layer: ConicLayer,
+    cones: Cones,
+    usable: Callable[[Array], Array],
     ops: Ops,
     needed: Sequence[bool],
     data: Sequence[Array],
@@ -70,7 +72,7 @@ def adjoint(
     """
     status, x_unique, y_unique, x, v, D, E, c, regularization, *factors = constants
     P, _, A, _, l, u = data = _without(ops, status == Status.NON_FINITE.code, Problem(*data))
-    cones, is_derived = layer.solve.cones, layer.is_derived(status)[:, None]
+    is_derived = usable(status)[:, None]
     singular = is_usable(status) & (x_unique * y_unique == 0)
     linearization = _linearization(cones, x.shape[-1], factors)
     E_bounds = E[:, : l.shape[-1]]
