@@ -16,7 +16,8 @@ eigenvalues: repeated ones need no care, and no eigendecomposition is differenti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,11 @@ class Semidefinite:
     """Semidefinite cones of one order. The linearisation is (U, lam): (B, c, order, order), (B, c, order)."""
 
     order: int
+    places: _Places = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        # Once per cone: of small matrices they take longer than the product that they are for.
+        object.__setattr__(self, "places", _places(self.order))
 
     @property
     def rows(self) -> int:
@@ -49,7 +55,7 @@ class Semidefinite:
     def spectral(self, ops, lin, g, u, rotated):
         U, lam = lin
         n, (_, count, _, k) = self.order, u.shape
-        derivative, _ = self._weights(ops, lam)
+        derivative = self._weights(ops, lam)
         weights = g(ops.reshape(derivative, (derivative.shape[0], count * n * n)))
         weights = ops.reshape(weights, (weights.shape[0], count, n, n, 1))
 
@@ -65,29 +71,28 @@ class Semidefinite:
 
     def project_linearized(self, ops, lin, v, order):
         U, lam = lin
-        derivative, inverse = self._weights(ops, lam)
         diagonal = ops.eye(self.order, v)[None, None]
         E = U.mT @ self._matrix(ops, v) @ U - lam[..., None] * diagonal
-        change = derivative * E
+        change = self._weights(ops, lam) * E
         if order > 1:
             H = 2 * change - E
-            change = change + inverse * (E @ E - H @ H) / 2
+            change = change + self._inverse(ops, lam) * (E @ E - H @ H) / 2
         return self._vector(ops, U @ (ops.maximum(lam, 0.0)[..., None] * diagonal + change) @ U.mT)
 
     def _weights(self, ops, lam):
-        """D_ij and 1 / (|lam_i| + |lam_j|), with 0 / 0 and 1 / 0 taken as 0.
+        """D_ij, with 0 / 0 taken as 0."""
+        total, positive = _pairwise(abs(lam)), ops.maximum(lam, 0.0)
+        return _pairwise(positive) / ops.where(total > 0, total, 1.0)
 
-        The inverse multiplies squares of changes. Below sqrt(eps) of the largest eigenvalue it is dropped:
-        there the projection has a kink to working precision and rounding in E would dominate.
+    def _inverse(self, ops, lam):
+        """1 / (|lam_i| + |lam_j|), which multiplies squares of changes.
+
+        Below sqrt(eps) of the largest eigenvalue it is dropped: there the projection has a kink to working
+        precision and rounding in E would dominate.
         """
-        size = abs(lam)
-        total = size[..., None] + size[..., None, :]
-        positive = ops.maximum(lam, 0.0)
-        zero = total <= 0
-        safe = ops.where(zero, 1.0, total)
-        derivative = ops.where(zero, 0.0, (positive[..., None] + positive[..., None, :]) / safe)
-        kink = total <= ops.eps(lam) ** 0.5 * ops.amax(size, axis=-1)[..., None, None]
-        return derivative, ops.where(kink, 0.0, 1 / safe)
+        total = _pairwise(abs(lam))
+        kink = total <= ops.eps(lam) ** 0.5 * ops.amax(abs(lam), axis=-1)[..., None, None]
+        return ops.where(kink, 0.0, 1 / ops.where(kink, 1.0, total))
 
     def _matrix(self, ops, v):
         return self._mat(ops, v[..., None])[..., 0]
@@ -98,16 +103,34 @@ class Semidefinite:
     def _mat(self, ops, u):
         """Symmetric matrices (B, c, n, n, k) of half-vectors (B, c, n (n + 1) / 2, k)."""
         n, (batch, count, _, k) = self.order, u.shape
-        i, j = np.indices((n, n))
-        low, high = np.minimum(i, j), np.maximum(i, j)
-        # Picked from an array: torch.compile would round the numbers of np.where to single precision.
-        scale = ops.constant(np.array([1.0, 0.5**0.5])[(i != j).astype(int)][None, None, :, :, None], u)
-        full = ops.take(u, ops.constant((high * (high + 1) // 2 + low).ravel(), u), axis=-2)
-        return ops.reshape(full, (batch, count, n, n, k)) * scale
+        full = ops.take(u, ops.constant(self.places.full, u), axis=-2)
+        return ops.reshape(full, (batch, count, n, n, k)) * ops.constant(self.places.shrink, u)
 
     def _svec(self, ops, M):
         """Half-vectors (B, c, n (n + 1) / 2, k) of matrices (B, c, n, n, k): upper triangle by columns."""
         n, (batch, count, _, _, k) = self.order, M.shape
-        j, i = np.tril_indices(n)
-        scale = ops.constant(np.array([1.0, 2**0.5])[(i != j).astype(int)][None, None, :, None], M)
-        return ops.take(ops.reshape(M, (batch, count, n * n, k)), ops.constant(i * n + j, M), axis=-2) * scale
+        half = ops.take(ops.reshape(M, (batch, count, n * n, k)), ops.constant(self.places.half, M), axis=-2)
+        return half * ops.constant(self.places.stretch, M)
+
+
+class _Places(NamedTuple):
+    """Where the entries of a matrix stand in its half-vector and the reverse, with their scales."""
+
+    full: np.ndarray
+    shrink: np.ndarray
+    half: np.ndarray
+    stretch: np.ndarray
+
+
+def _places(n: int) -> _Places:
+    i, j = np.indices((n, n))
+    low, high = np.minimum(i, j), np.maximum(i, j)
+    column, row = np.tril_indices(n)
+    shrink, stretch = np.where(i == j, 1.0, 0.5**0.5), np.where(row == column, 1.0, 2**0.5)
+    full, half = (high * (high + 1) // 2 + low).ravel(), row * n + column
+    return _Places(full, shrink[None, None, :, :, None], half, stretch[None, None, :, None])
+
+
+def _pairwise(x):
+    """x_i + x_j (B, c, n, n)."""
+    return x[..., None] + x[..., None, :]
