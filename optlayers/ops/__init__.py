@@ -369,6 +369,14 @@ class MatrixFreeOps(Ops, Protocol):
         """Whether `condition`, a scalar, is known to hold, and not only traced or mapped."""
         ...
 
+    def remembered(self, function: Callable, settings: tuple, *arrays: Array) -> Any:
+        """`function(*settings, *arrays)`; on the host as it was computed before, if for equal arguments.
+
+        For what a batch shares and takes long. The settings are hashable, the arrays in the result not to be
+        written to.
+        """
+        ...
+
     def bounded_repeat(self, count: Any, limit: int, body: Callable, state: Any) -> Any:
         """As `repeat` with a count of at most `limit`, and differentiable in every mode."""
         ...

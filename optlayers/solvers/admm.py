@@ -159,22 +159,29 @@ class ADMM:
 
         Shared, L L' = P + sigma I, L^-1 A'R_1 A L^-T = Q Lambda Q' (R = rho R_1) and V = L^-T Q.
         """
-        n, is_shared = problem.P.shape[-1], self._is_shared(problem)
-        R = self._penalties(ops, problem, ops.full((1, 1), 1.0, rho) if is_shared else rho)
-        invert = lambda matrix: ops.inverse_triangular(ops.cholesky(ops.add_diagonal(matrix, self.sigma))).mT
-        if is_shared:
-            V = invert(1.0 * problem.P)
-            half = problem.A @ V
-            values, Q = ops.eigh(half.mT @ (R[0][:, None] * half))
-            V = V @ Q
-            return _Factor(values[None], V[None], (problem.A @ V)[None], (), ())
-        k = problem.l.shape[-1]
-        n = n - cones.paired
+        if self._is_shared(problem):
+            R = self._penalties(ops, problem, ops.full((1, 1), 1.0, rho))
+            return ops.remembered(_diagonalize, (ops, self.sigma), problem.P, problem.A, R)
+        R = self._penalties(ops, problem, rho)
+        n, k = problem.P.shape[-1] - cones.paired, problem.l.shape[-1]
         matrix, H, pairs = reduce(ops, cones.paired, n, problem.P, problem.A, R, self.sigma, k)
-        V = invert(matrix)
+        V = _inverse_root(ops, matrix, self.sigma)
         U = H @ V
         is_small = U.shape[-2] <= 2 * n and not pairs
         return _Factor(ops.full((1, n), 0.0, rho), V, U, (U @ U.mT,) if is_small else (), pairs)
+
+
+def _inverse_root(ops: Ops, matrix: Array, sigma: float) -> Array:
+    """L^-T with L L' = matrix + sigma I; the matrix may be overwritten."""
+    return ops.inverse_triangular(ops.cholesky(ops.add_diagonal(matrix, sigma))).mT
+
+
+def _diagonalize(ops: Ops, sigma: float, P: Array, A: Array, R: Array) -> _Factor:
+    V = _inverse_root(ops, 1.0 * P, sigma)
+    half = A @ V
+    values, Q = ops.eigh(half.mT @ (R[0][:, None] * half))
+    V = V @ Q
+    return _Factor(values[None], V[None], (A @ V)[None], (), ())
 
 
 def _response(ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> Callable[[Array], Array]:

@@ -35,9 +35,28 @@ def equilibrate(
     ops: Ops, cones: Cones, problem: Problem, passes: int, linear: bool
 ) -> tuple[Problem, Scaling]:
     """The scaled problem and its scaling; `linear` says that P is zero."""
-    P2, A2 = problem.P**2, problem.A**2
+    settings, matrices = (ops, cones, passes), (problem.P, problem.A)
+    is_shared = all(M.ndim == 2 for M in matrices)
+    D, E, columns = (
+        ops.remembered(_balance, settings, *matrices) if is_shared else _balance(*settings, *matrices)
+    )
+    q = D * problem.q
+    c = _cost_scale(ops, None if linear else columns, q, problem.P.ndim == 2 and len(D) == 1)
+    P, A = _scale_matrix(problem.P, D if linear else c * D, D), _scale_matrix(problem.A, E, D)
+    if cones.rows:
+        beta = _size(ops, E * problem.b, c * q, linear)
+        D, E, c, q = beta * D, E / beta, c / (beta if linear else beta**2), beta * q
+        return Problem(P, c * q, A, E * problem.b, *problem.bounds), Scaling(D, E, c)
+    k = problem.l.shape[-1]
+    l, u = (E[:, :k] * bound for bound in problem.bounds)
+    return Problem(P, c * q, A, E * problem.b, l, u), Scaling(D, E, c)
+
+
+def _balance(ops: Ops, cones: Cones, passes: int, P: Array, A: Array) -> tuple[Array, Array, Array]:
+    """D, E and the norms of the columns of D P D."""
+    P2, A2 = P**2, A**2
     batch = max(M.shape[0] if M.ndim == 3 else 1 for M in (P2, A2))
-    D = ops.full((batch, P2.shape[-1]), 1.0, problem.q)
+    D = ops.full((batch, P2.shape[-1]), 1.0, P)
     # Rows first: a row 1e8 times longer than the others would otherwise shrink the columns that it meets.
     rows = _cone_means(ops, cones, matvec(A2, D))
     no_row = ops.cast(rows <= 0, D)  # added, so that rows and columns of zeros stay as they are
@@ -52,17 +71,7 @@ def equilibrate(
         return D / ops.sqrt(ops.sqrt(columns)), E / ops.sqrt(ops.sqrt(rows))
 
     D, E = ops.repeat(passes, balance, (D, E))
-    q, is_shared = D * problem.q, problem.P.ndim == 2 and batch == 1
-    columns = None if linear else D * ops.sqrt(matvec_symmetric(P2, D * D))
-    c = _cost_scale(ops, columns, q, is_shared)
-    P, A = _scale_matrix(problem.P, D if linear else c * D, D), _scale_matrix(problem.A, E, D)
-    if cones.rows:
-        beta = _size(ops, E * problem.b, c * q, linear)
-        D, E, c, q = beta * D, E / beta, c / (beta if linear else beta**2), beta * q
-        return Problem(P, c * q, A, E * problem.b, *problem.bounds), Scaling(D, E, c)
-    k = problem.l.shape[-1]
-    l, u = (E[:, :k] * bound for bound in problem.bounds)
-    return Problem(P, c * q, A, E * problem.b, l, u), Scaling(D, E, c)
+    return D, E, D * ops.sqrt(matvec_symmetric(P2, D * D))
 
 
 def _size(ops: Ops, b: Array, q: Array, linear: bool) -> Array:

@@ -107,6 +107,10 @@ def holds(condition):
     return not isinstance(condition, jax.core.Tracer) and bool(condition)
 
 
+def remembered(function, settings, *arrays):
+    return function(*settings, *arrays)
+
+
 any_mapped = jnp.any
 largest = jnp.max
 

@@ -54,6 +54,10 @@ def holds(condition):
     return is_known(condition) and bool(condition)
 
 
+def remembered(function, settings, *arrays):
+    return function(*settings, *arrays)
+
+
 def any_mapped(mask):
     if not is_transformed():
         return bool(torch.any(mask))
