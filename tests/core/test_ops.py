@@ -97,10 +97,11 @@ def each(call, expected, *arguments):
 
 MATRICES = [normal(3, 4), normal(0, 4), normal(2, 0)]
 PAIRS = [(draw, draw) for draw in MATRICES]
-SQUARES = [definite(3, 3), definite(2, 3, 3), definite(0, 3, 3), definite(2, 0, 0)]
+SQUARES = [definite(3, 3), definite(2, 3, 3), definite(1, 3, 3), definite(0, 3, 3), definite(2, 0, 0)]
 # The batch axis of a matrix may have length 1, to be shared by the right-hand sides.
 SYSTEMS = [
     (definite(2, 3, 3), normal(2, 3, 4)),
+    (definite(1, 3, 3), normal(1, 3, 4)),
     (definite(1, 3, 3), normal(2, 3, 2)),
     (definite(0, 3, 3), normal(0, 3, 2)),
     (definite(2, 0, 0), normal(2, 0, 2)),
@@ -1078,6 +1079,62 @@ def test_factors_on_the_host_fail_by_lane(host, kind):
     result = getattr(host, kind)(x)
     lanes = np.isnan(result if kind == "cholesky" else result[1]).all((1, 2))
     np.testing.assert_array_equal(lanes, [False, kind == "cholesky", False, False, True])
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_cholesky_of_one_matrix_on_the_host(host, dtype):
+    """As of several: the lower triangle is read, and failure is NaN."""
+    for x in bad_lanes(3).astype(dtype):
+        several = host.cholesky(np.stack([x, x]))[:1]
+        assert_close(host.cholesky(x[None]), several, dtype)
+    x = np.eye(3)[None]
+    x[0, 0, 2] = np.nan
+    assert_close(host.cholesky(x), np.eye(3)[None])
+
+
+def test_remembered_on_the_host(host, monkeypatch):
+    """Once for equal arguments, whoever owns their memory, and never for others."""
+    monkeypatch.setattr("optlayers.ops.numpy._remembered", type(host.numpy._remembered)())
+    calls = []
+
+    def scaled(factor, x):
+        calls.append(factor)
+        return (factor * x, (x,))
+
+    x = np.array([1.0, 2.0, 3.0])
+    recall = lambda factor, x: host.remembered(scaled, (factor,), x)
+    for _ in range(3):
+        assert_close(recall(2.0, x.copy())[0], 2 * x)
+    assert calls == [2.0]
+    recall(3.0, x)
+    recall(2.0, x[None])
+    recall(2.0, x.astype(np.float32))
+    assert len(calls) == 4
+    x[:] = x[::-1].copy()  # the sum stays as it was
+    result, (same,) = recall(3.0, x)
+    assert_close(result, 3 * x)
+    x[:] = 0.0
+    assert_close(same, [3.0, 2.0, 1.0])
+    assert_close(recall(3.0, np.array([3.0, 2.0, 1.0]))[0], [9.0, 6.0, 3.0])
+    assert len(calls) == 5
+
+
+def test_remembered_on_the_host_is_limited(host, monkeypatch):
+    results = type(host.numpy._remembered)()
+    monkeypatch.setattr("optlayers.ops.numpy._remembered", results)
+    monkeypatch.setattr("optlayers.ops.numpy.REMEMBERED_BYTES", 1000)
+    recall = lambda i: host.remembered(np.multiply, (2.0,), np.full(30, float(i)))  # 480 bytes each
+    for i in (0, 1, 0, 2):
+        recall(i)
+    assert sorted(key[2].arrays[0][0] for key in results) == [0.0, 2.0]
+    recall_large = host.remembered(np.multiply, (2.0,), np.ones(1000))
+    assert_close(recall_large, np.full(1000, 2.0))
+    assert not results
+
+
+def test_remembered(ops, framework):
+    x = framework.array([1.0, 2.0])
+    assert_close(ops.remembered(lambda factor, x: factor * x, (2.0,), x), [2.0, 4.0])
 
 
 def test_on_rows_on_the_host(host):
