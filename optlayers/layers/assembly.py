@@ -137,26 +137,38 @@ def assemble(
     batched_theta = _theta(ops, program, values, batched)
 
     def build(split: _Split) -> Array:
-        pairs = (split.shared, shared_theta), (split.batched, batched_theta)
-        parts = [_sum(ops, terms, theta, split.shape) for terms, theta in pairs if terms]
+        total = None
         if split.constant is not None:
-            parts.insert(0, ops.reshape(ops.constant(split.constant, like), split.shape))
-        return _add(parts)
+            total = ops.reshape(ops.constant(split.constant, like), split.shape)
+        for terms, theta in ((split.shared, shared_theta), (split.batched, batched_theta)):
+            if terms:
+                total = _add_terms(ops, total, terms, theta, split.shape)
+        return total
 
     return [None if split is None else build(split) for split in splits]
 
 
-def _sum(ops: Ops, terms: Sequence[_Terms], theta: Sequence[Array], shape: tuple[int, ...]) -> Array:
-    """The sum of the terms (..., *shape). A coefficient that all have in common is applied at last."""
+def _add_terms(
+    ops: Ops, total: Array | None, terms: Sequence[_Terms], theta: Sequence[Array], shape: tuple[int, ...]
+) -> Array:
+    """`total`, if there is one, and the terms (..., *shape)."""
+    if terms[0].positions is not None:  # then it is the only one
+        values = _contribution(ops, terms[0], theta, terms[0].positions.shape)
+        size, positions = math.prod(shape), ops.constant(terms[0].positions, values)
+        start = None if total is None else ops.reshape(total, (*total.shape[: total.ndim - len(shape)], size))
+        return ops.reshape(ops.scatter_add(values, positions, size, start), (*values.shape[:-1], *shape))
+    # A coefficient that all have in common is applied at last.
     first, *others = (part.coefs for part in terms)
     is_common = isinstance(first, float) and all(isinstance(c, float) and c == first for c in others)
     parts = [part._replace(coefs=1.0) for part in terms] if is_common else terms
-    total = _add([_contribution(ops, part, theta, shape) for part in parts])
-    return first * total if is_common and first != 1 else total
+    added = _add([_contribution(ops, part, theta, shape) for part in parts])
+    added = first * added if is_common and first != 1 else added
+    return added if total is None else _add([total, added])
 
 
 def _contribution(ops: Ops, terms: _Terms, theta: Sequence[Array], shape: tuple[int, ...]) -> Array:
-    pieces, positions, cols, columns, coefs = terms
+    """The values (..., *shape) of the terms in the order of their positions, or of all entries in turn."""
+    pieces, _, cols, columns, coefs = terms
     blocks = [theta[block][..., start:stop] for block, start, stop in pieces]
     picked = blocks[0] if len(blocks) == 1 else ops.concat(blocks, -1)
     lead, count = picked.shape[:-1], picked.shape[-1]
@@ -173,8 +185,6 @@ def _contribution(ops: Ops, terms: _Terms, theta: Sequence[Array], shape: tuple[
         picked = picked * _row(ops.constant(coefs, picked), picked)
     elif coefs != 1:
         picked = coefs * picked
-    if positions is not None:
-        picked = ops.scatter_add(flat(picked), ops.constant(positions, picked), math.prod(shape))
     return ops.reshape(picked, (*lead, *shape))
 
 

@@ -115,8 +115,11 @@ class Ops(Protocol):
         """Indices that sort the last axis, ascending; equal entries keep their order."""
         ...
 
-    def scatter_add(self, values: Array, indices: Array, size: int) -> Array:
-        """Sum of `values` (..., k) into a last axis of length `size`, entry j at `indices[j]`."""
+    def scatter_add(self, values: Array, indices: Array, size: int, start: Array | None = None) -> Array:
+        """Sum of `values` (..., k) into a last axis of length `size`, entry j at `indices[j]`.
+
+        Each row is added to `start`, (size,) or (..., size), or to zeros.
+        """
         ...
 
     def diagonal(self, x: Array) -> Array:

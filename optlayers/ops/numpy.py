@@ -49,12 +49,13 @@ def take(x, indices, axis=-1):
     return np.take(x, indices, axis=axis)
 
 
-def scatter_add(values, indices, size):
+def scatter_add(values, indices, size, start=None):
     order = np.argsort(indices, kind="stable")
     indices = indices[order]
     starts = np.flatnonzero(np.diff(indices, prepend=-1))
-    total = np.zeros((*values.shape[:-1], size), values.dtype)
-    total[..., indices[starts]] = np.add.reduceat(values[..., order], starts, -1)
+    total = np.empty((*values.shape[:-1], size), values.dtype)
+    total[...] = 0.0 if start is None else start
+    total[..., indices[starts]] += np.add.reduceat(values[..., order], starts, -1)
     return total
 
 

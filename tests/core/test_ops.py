@@ -214,6 +214,18 @@ CASES = {
         *(normal(4), normal(2, 4), normal(2, 3, 4), normal(0, 4)),
     )
     + each(
+        lambda ops, x: ops.scatter_add(
+            x, indices(ops, [3, 0, 3, 1], x), 5, ops.broadcast_to(x[..., :1], (*x.shape[:-1], 5))
+        ),
+        lambda x: x[..., :1] + add_at(x, [3, 0, 3, 1], 5),
+        *(normal(4), normal(2, 4), normal(2, 3, 4)),
+    )
+    + each(
+        lambda ops, x: ops.scatter_add(x, indices(ops, [2, 0, 2, 1], x), 4, x[0, 0]),
+        lambda x: x[0, 0] + add_at(x, [2, 0, 2, 1], 4),
+        normal(2, 3, 4),
+    )
+    + each(
         lambda ops, x: ops.scatter_add(x, indices(ops, [], x), 3), lambda x: np.zeros((2, 3)), normal(2, 0)
     )
     + each(lambda ops, x: ops.scatter_add(x, indices(ops, [], x), 0), lambda x: x, normal(2, 0)),

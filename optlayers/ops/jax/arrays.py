@@ -92,9 +92,9 @@ def argsort(x):
     return to_int(jnp.argsort(x, -1))
 
 
-def scatter_add(values, indices, size):
-    zeros = jnp.zeros((*values.shape[:-1], size), dtype=values.dtype)
-    return zeros.at[..., indices].add(values)
+def scatter_add(values, indices, size, start=None):
+    start = jnp.zeros((), dtype=values.dtype) if start is None else start
+    return jnp.broadcast_to(start, (*values.shape[:-1], size)).at[..., indices].add(values)
 
 
 def diagonal(x):

@@ -118,9 +118,9 @@ def argsort(x):
     return torch.argsort(x, dim=-1, stable=True)
 
 
-def scatter_add(values, indices, size):
-    zeros = torch.zeros((*values.shape[:-1], size), dtype=values.dtype, device=values.device)
-    return torch.index_add(zeros, -1, indices, values)
+def scatter_add(values, indices, size, start=None):
+    start = torch.zeros((), dtype=values.dtype, device=values.device) if start is None else start
+    return torch.index_add(start.expand(*values.shape[:-1], size), -1, indices, values)
 
 
 def weighted_sum(weights, arrays, start=None):
