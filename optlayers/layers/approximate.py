@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ..cones import Cones
 from ..implicit import attach
-from ..linalg.kkt import Factor, Problem, factorize_at, matvec, solve_refined
+from ..linalg.kkt import Factor, Problem, factorize_at, solve_refined
+from ..linalg.products import matvec
 from ..linalg.rows import Linearization
 from ..ops import Array, Leaf, Ops, select
 from ..solvers.refinement import smallest_regularization

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ..cones import Cones
 from ..linalg import normal
 from ..linalg.kkt import Factor, Problem, factorize
+from ..linalg.products import batched, compacted
 from ..linalg.rows import flatten, project_linearized, shapes
 from ..linalg.sensitivity import Regularity, prepare
 from ..ops import Array, Ops, select
@@ -102,10 +103,12 @@ class ConicSolve:
         )
 
     def __call__(self, ops: Ops, *inputs: Array) -> list[Array]:
-        n = inputs[1].shape[-1]
         outputs = self._solve_fused(ops, inputs)
         if outputs is None:
-            outputs = ops.in_blocks(lambda *part: self._solve(ops, *part), inputs, self.input_ndims, n * n)
+            A = inputs[2]
+            n = A.shape[-1] - self.cones.paired
+            size = n * max(n, A.shape[-2] if A.ndim == 3 else 0)
+            outputs = ops.in_blocks(lambda *part: self._solve(ops, *part), inputs, self.input_ndims, size)
         if self.check:
             residual, status = outputs[3:5]
             ops.on_host(check, status, residual)
@@ -134,6 +137,7 @@ class ConicSolve:
         batch = self.output_shapes([tuple(x.shape) for x in (P, q, A, b, l, u, *warm)])[0][0][0]
         q, b, *warm = (ops.broadcast_to(x, (batch, x.shape[-1])) for x in (q, b, *warm))
         l, u = (x[None] if x.ndim == 1 else x for x in (l, u))
+        A = compacted(ops, self.cones, A)
         problem, finite = _replace_non_finite(ops, Problem(P, q, A, b, l, u))
         problem, scaling = equilibrate(ops, self.cones, problem, self.solvers[0].scaling, self.linear)
         if warm:
@@ -194,7 +198,7 @@ def _repair(ops: Ops, factor: Factor, failed: Array) -> Factor:
 
 def _is_convex(ops: Ops, P: Array) -> Array:
     """Whether each P is positive semidefinite, up to the rounding of data computed in float32."""
-    P = normal.batched(P)
+    P = batched(P)
     # No entry of such a matrix is larger than the largest one of its diagonal.
     size = ops.amax(abs(ops.diagonal(P)), -1, keepdims=True)
     shift = max(1e-6, ops.eps(P) ** 0.5) * ops.where(size > 0, size, 1.0)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from ..cones import Cones
 from ..implicit import attach
 from ..linalg import normal
-from ..linalg.kkt import Factor, Problem, Scaled, matvec, matvec_symmetric
+from ..linalg.kkt import Factor, Problem
+from ..linalg.products import Scaled, matvec, matvec_symmetric
 from ..linalg.rows import Linearization, project_linearized, spectral, unflatten
 from ..linalg.sensitivity import solve_sensitivity
 from ..ops import Array, Ops

@@ -265,6 +265,7 @@ class CvxpyProgram:
         arguments = self.solver_args | dict(solver_args)
         if self.pattern is not None:
             choices = {key: self._choices[key] for key in ("solver", "order", "on_failure")}
+            cones = replace(cones, paired=0, single=0)  # of which sparse factorisations need not know
             return layer_of_size(self.solved.m, self.solved.n, cones, solver_args=arguments, **choices)
         return conic_layer(cones, linear, convex=self._convex, solver_args=arguments, **self._choices)
 

@@ -19,7 +19,8 @@ import numpy as np
 import scipy.linalg
 
 from ..canon.program import AffineMap, Program
-from ..linalg.kkt import Problem, matvec
+from ..linalg.kkt import Problem
+from ..linalg.products import matvec
 from ..ops import Array, Ops, numpy
 from .conic import ConicSolution
 

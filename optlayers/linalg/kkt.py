@@ -23,15 +23,16 @@ from typing import Any, NamedTuple
 
 from ..cones import Cones
 from ..ops import Array, Ops
-from .normal import batched, cholesky_solve, own_coefficients, reduce, reduce_single
+from .normal import cholesky_solve, own_coefficients, reduce, reduce_single
+from .products import batched, matvec, matvec_symmetric
 from .rows import curved_half, linearize, spectral
 
 
 class Problem(NamedTuple):
     """minimise 1/2 x'Px + q'x subject to A x + s = b, l <= s <= u on the first k rows, s in K on the rest.
 
-    q (B, n), b (B, m), l and u (B, k), of which entries beside curved cones are 0 or infinite; see
-    `optlayers.linalg.rows`.
+    A is as `optlayers.linalg.products.compacted` gives it. q (B, n), b (B, m), l and u (B, k), of which
+    entries beside curved cones are 0 or infinite; see `optlayers.linalg.rows`.
     """
 
     P: Array
@@ -63,40 +64,6 @@ class Factor(NamedTuple):
     e: Array
 
 
-class Scaled(NamedTuple):
-    """The matrix diag(left) M diag(right), never formed; left (B, k), right (B, n)."""
-
-    left: Array
-    matrix: Array
-    right: Array
-
-    @property
-    def mT(self) -> Scaled:
-        return Scaled(self.right, self.matrix.mT, self.left)
-
-
-def matvec(matrix: Array | Scaled, x: Array) -> Array:
-    """Product of a shared (k, n) or (1, k, n), or batched (B, k, n), matrix with vectors x (B, n)."""
-    if isinstance(matrix, Scaled):
-        return matrix.left * matvec(matrix.matrix, matrix.right * x)
-    if matrix.ndim == 3 and matrix.shape[0] == 1:
-        matrix = matrix[0]
-    if matrix.ndim == 2:
-        return x @ matrix.mT  # one GEMM for the whole batch
-    # As a row vector from the left: torch is 4 times slower on (matrix @ x[..., None]).
-    return (x[..., None, :] @ matrix.mT)[..., 0, :]
-
-
-def matvec_symmetric(matrix: Array | Scaled, x: Array) -> Array:
-    """As `matvec`, along the rows of the matrix: torch is 2.5 times faster on x'M than on M x."""
-    return matvec(matrix.mT, x)
-
-
-def norm(ops: Ops, x: Array) -> Array:
-    """Largest absolute entry of each row: (B, k) to (B,)."""
-    return ops.amax(abs(x), -1)
-
-
 def factorize(ops: Ops, cones: Cones, problem: Problem, v: Array, e: Array) -> Factor:
     """Factorise the regularised Jacobian at v, with e (B, 1) for both e and r. NaN where it fails."""
     return factorize_at(ops, cones, problem, linearize(ops, cones, problem.bounds, v), e)
@@ -116,7 +83,7 @@ def factorize_at(ops: Ops, cones: Cones, problem: Problem, linearization: Any, e
     return Factor(ops.cholesky(ops.add_diagonal(matrix, e)), pairs, linearization, e)
 
 
-def inverse(ops: Ops, cones: Cones, A: Array, factor: Factor, transposed: bool = False) -> Callable:
+def inverse(ops: Ops, cones: Cones, A: Any, factor: Factor, transposed: bool = False) -> Callable:
     """The map from F to (dx, dv) with J (dx, dv) = -F up to the regularisation, or the transpose of it."""
     weigh = spectral(ops, cones, factor.linearization, lambda d: (1 - d) / (d + factor.e))
     invert = lambda r: cholesky_solve(ops, factor.cholesky, factor.pairs, r[:, None])[:, 0]
@@ -136,8 +103,8 @@ def inverse(ops: Ops, cones: Cones, A: Array, factor: Factor, transposed: bool =
 def apply(
     ops: Ops,
     cones: Cones,
-    P: Array,
-    A: Array,
+    P: Any,
+    A: Any,
     linearization: Any,
     dx: Array,
     dv: Array,
@@ -155,8 +122,8 @@ def apply(
 def solve_refined(
     ops: Ops,
     cones: Cones,
-    P: Array,
-    A: Array,
+    P: Any,
+    A: Any,
     factor: Factor,
     F: tuple[Array, Array],
     transposed: bool = False,

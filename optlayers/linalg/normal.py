@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from ..cones import Cones
 from ..ops import Array, Ops
+from .products import batched
 
 
 class Reduced(NamedTuple):
@@ -38,21 +39,17 @@ class Reduced(NamedTuple):
     pairs: tuple[Array, ...]
 
 
-def batched(matrix: Array) -> Array:
-    """The matrix (k, n) or (B, k, n) with a batch axis; JAX can be told to insist on it."""
-    return matrix[None] if matrix.ndim == 2 else matrix
-
-
 def reduce(ops: Ops, p: int, n: int, P: Array, A: Array, W: Array, r: Array | float, k: int) -> Reduced:
     """The elimination of the last p variables, which are paired, from M, of which the first n are kept.
 
-    W (B, m) are the weights, k of them those of bounded rows, which no others than these n + p stand in.
+    W (B, m) are the weights, k of them those of bounded rows, which no others than these n + p stand in. A is
+    compact, see `optlayers.linalg.products`.
     """
     if not p:
         return Reduced(batched(P)[..., :n, :n] + gram(ops, A[..., :n], W), batched(A), ())
     P, A = batched(P), batched(A)
     G, (first, second) = A[..., :n], _pair_rows(p, k)
-    a_1, a_2 = pair_coefficients(ops, p, A, k)
+    a_1, a_2 = pair_coefficients(p, A, k)
     f_1, f_2 = a_1 * W[:, first], a_2 * W[:, second]
     ridge = ops.diagonal(P)[..., -p:] + r
     inverse = 1 / (a_1 * f_1 + a_2 * f_2 + ridge)
@@ -72,9 +69,9 @@ def _pair_rows(p: int, k: int) -> tuple[slice, slice]:
     return slice(k - 2 * p, k - p), slice(k - p, k)
 
 
-def pair_coefficients(ops: Ops, p: int, A: Array, k: int) -> tuple[Array, Array]:
+def pair_coefficients(p: int, A: Array, k: int) -> tuple[Array, Array]:
     """a_1 and a_2 (B or 1, p)."""
-    a_1, a_2 = (ops.diagonal(batched(A)[..., rows, -p:]) for rows in _pair_rows(p, k))
+    a_1, a_2 = (batched(A)[..., rows, -1] for rows in _pair_rows(p, k))
     return a_1, a_2
 
 
@@ -86,7 +83,7 @@ def _single_rows(cones: Cones) -> tuple[int, int]:
 
 def own_coefficients(ops: Ops, cones: Cones, A: Array) -> Array:
     """Rows (B, m, n') of curved cones without eliminated columns, whose coefficients are in a last one."""
-    s, n = cones.single, A.shape[-1] - cones.paired - cones.single
+    s, n = cones.single, A.shape[-1] - (cones.paired > 0) - cones.single
     if not s:
         return A[..., :n]
     start, stop = _single_rows(cones)

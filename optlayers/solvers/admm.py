@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..cones import Cones
-from ..linalg.kkt import Problem, matvec, matvec_symmetric, norm
+from ..linalg.kkt import Problem
 from ..linalg.normal import pair_coefficients, reduce, solve_reduced
+from ..linalg.products import Compact, constraints, matvec, matvec_symmetric, norm
 from ..linalg.rows import project
 from ..ops import Array, Ops
 from .base import Direction
@@ -104,7 +105,8 @@ class ADMM:
         R, factor = self._penalties(ops, problem, state.rho), state.factor
         solve = lambda force: factor.solve(ops, state.rho, self.sigma * state.x - problem.q + force)
         response, weights = _response(ops, cones, problem, state), self.alpha * R
-        constant = self.alpha * (problem.b - matvec(problem.A, solve(matvec(problem.A.mT, R * problem.b))))
+        A = constraints(ops, cones, problem.A)
+        constant = self.alpha * (problem.b - matvec(A, solve(matvec(A.mT, R * problem.b))))
 
         def iterate(carry):
             w, s, _ = carry
@@ -113,7 +115,7 @@ class ADMM:
             return w, project(ops, cones, problem.bounds, w), mirrored
 
         w, s, mirrored = ops.repeat(self.check_every, iterate, (state.w, state.s, state.w))
-        x = solve(matvec(problem.A.mT, R * (problem.b - mirrored)))
+        x = solve(matvec(A.mT, R * (problem.b - mirrored)))
         dy = R * (s - w) - R * (state.s - state.w)
         return state._replace(x=x, w=w, s=s, dx=x - state.x, dy=dy)
 
@@ -131,7 +133,8 @@ class ADMM:
     def _adapt(self, ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> _AdmmState:
         """Balance the relative residuals (Stellato et al. 2020, section 5.2)."""
         s, y = state.s, self._penalties(ops, problem, state.rho) * (state.s - state.w)
-        Ax, Aty = matvec(problem.A, state.x), matvec(problem.A.mT, y)
+        A = constraints(ops, cones, problem.A)
+        Ax, Aty = matvec(A, state.x), matvec(A.mT, y)
         Px = matvec_symmetric(problem.P, state.x)
         largest = lambda *arrays: sum_of_norms(ops, arrays)
         primal = norm(ops, Ax + s - problem.b) / largest(Ax, s, problem.b)
@@ -161,7 +164,7 @@ class ADMM:
         """
         if self._is_shared(problem):
             R = self._penalties(ops, problem, ops.full((1, 1), 1.0, rho))
-            return ops.remembered(_diagonalize, (ops, self.sigma), problem.P, problem.A, R)
+            return ops.remembered(_diagonalize, (ops, self.sigma, cones), problem.P, problem.A, R)
         R = self._penalties(ops, problem, rho)
         n, k = problem.P.shape[-1] - cones.paired, problem.l.shape[-1]
         matrix, H, pairs = reduce(ops, cones.paired, n, problem.P, problem.A, R, self.sigma, k)
@@ -176,7 +179,8 @@ def _inverse_root(ops: Ops, matrix: Array, sigma: float) -> Array:
     return ops.inverse_triangular(ops.cholesky(ops.add_diagonal(matrix, sigma))).mT
 
 
-def _diagonalize(ops: Ops, sigma: float, P: Array, A: Array, R: Array) -> _Factor:
+def _diagonalize(ops: Ops, sigma: float, cones: Cones, P: Array, A: Array, R: Array) -> _Factor:
+    A = Compact(ops, cones, A).full() if cones.paired else A
     V = _inverse_root(ops, 1.0 * P, sigma)
     half = A @ V
     values, Q = ops.eigh(half.mT @ (R[0][:, None] * half))
@@ -192,7 +196,7 @@ def _response(ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> Ca
         return lambda r: matvec_symmetric(*UUt, r)
     if not pairs:
         return lambda r: matvec(U, inverse * matvec(U.mT, r))
-    a = ops.stack(pair_coefficients(ops, p, problem.A, k), -2)
+    a = ops.stack(pair_coefficients(p, problem.A, k), -2)
     weights = a * pairs[1][:, None]
 
     def response(r):

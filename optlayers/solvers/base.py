@@ -16,8 +16,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..cones import Cones
-from ..linalg.kkt import Factor, Problem, matvec, matvec_symmetric, norm
+from ..linalg.kkt import Factor, Problem
 from ..linalg.normal import shapes
+from ..linalg.products import constraints, matvec, matvec_symmetric, norm
 from ..linalg.rows import linearize, recession, support
 from ..ops import Array, Ops
 from ..status import Status
@@ -160,7 +161,8 @@ def certify(ops: Ops, cones: Cones, problem: Problem, direction: Direction, eps:
     dx, dy = direction
     y_size, x_size = norm(ops, dy), norm(ops, dx)
     tiny = ops.eps(dx)
-    Aty, Ax = matvec(problem.A.mT, dy), matvec(problem.A, dx)
+    A = constraints(ops, cones, problem.A)
+    Aty, Ax = matvec(A.mT, dy), matvec(A, dx)
     Px = matvec_symmetric(problem.P, dx)
     least, outside = support(ops, cones, problem.bounds, dy)
     primal = (

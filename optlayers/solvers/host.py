@@ -18,6 +18,7 @@ import scipy.sparse as sp
 
 from ..cones import Cones
 from ..linalg.kkt import Problem
+from ..linalg.products import Compact, constraints, matvec
 from ..linalg.rows import project
 from ..ops import Array, Ops
 from .base import Direction
@@ -82,11 +83,13 @@ class Host:
     def step(self, ops: Ops, cones: Cones, problem: Problem, state: _HostState) -> _HostState:
         solve = partial(_solve_batch, self._solve, cones)
         shapes = [state.x.shape, state.y.shape, state.x.shape, state.y.shape]
+        if cones.paired:
+            problem = problem._replace(A=Compact(ops, cones, problem.A).full())
         x, y, dx, dy = ops.call_host(solve, shapes, state.active, *problem)
         return _HostState(x, y, dx, dy, state.active)
 
     def point(self, ops: Ops, cones: Cones, problem: Problem, state: _HostState) -> tuple[Array, Array]:
-        slack = problem.b - (state.x[:, None, :] @ problem.A.mT)[:, 0]
+        slack = problem.b - matvec(constraints(ops, cones, problem.A), state.x)
         return state.x, project(ops, cones, problem.bounds, slack) - state.y
 
     def direction(self, state: _HostState) -> Direction:

@@ -22,11 +22,12 @@ Shapes: x (B, n), y (B, m), sides (B, 3m) with 0 for t, z and h where there is n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..cones import Cones
-from ..linalg.kkt import Problem, matvec, matvec_symmetric
-from ..linalg.normal import batched, cholesky_solve, reduce
+from ..linalg.kkt import Problem
+from ..linalg.normal import cholesky_solve, reduce
+from ..linalg.products import batched, constraints, matvec, matvec_symmetric
 from ..ops import Array, Ops, select
 from .base import Direction
 
@@ -114,9 +115,10 @@ class InteriorPoint:
         cost, none = sides.cost * problem.q, 0 * sides.h
         origin = _State(0 * x, sides.open, sides.open, cost, none, rho, rho, *floors, one, one)
         system = _factorize(ops, cones, problem, sides, origin)
-        rhs = matvec(problem.A.mT, _gather(system.weights[:, 0] * sides.h)) - cost
+        A = constraints(ops, cones, problem.A)
+        rhs = matvec(A.mT, _gather(system.weights[:, 0] * sides.h)) - cost
         x = cholesky_solve(ops, system.cholesky, system.pairs, rhs[:, None])[:, 0]
-        t = sides.open * (sides.h - _spread(ops, matvec(problem.A, x)))
+        t = sides.open * (sides.h - _spread(ops, matvec(A, x)))
         size = ops.maximum(ops.sqrt(ops.sum(t * t, -1, keepdims=True) / sides.count), 1.0)
         unit = ops.minimum(ops.sqrt(ops.sqrt(size)), 100.0)
         state = origin._replace(
@@ -129,7 +131,7 @@ class InteriorPoint:
             delta_floor=floors[1] * unit,
             unit=unit,
         )
-        return _with_residuals(ops, problem, sides, state)
+        return _with_residuals(ops, problem, A, sides, state)
 
     def step(self, ops: Ops, cones: Cones, problem: Problem, state: _State) -> _State:
         sides = _split(ops, problem)
@@ -137,7 +139,7 @@ class InteriorPoint:
         return ops.repeat(self.check_every, iterate, state)
 
     def point(self, ops: Ops, cones: Cones, problem: Problem, state: _State) -> tuple[Array, Array]:
-        s = problem.b - matvec(problem.A, state.x)
+        s = problem.b - matvec(constraints(ops, cones, problem.A), state.x)
         y = _gather(state.z) / _cost_scale(ops, problem)
         return state.x, ops.minimum(ops.maximum(s, problem.l), problem.u) - y
 
@@ -150,14 +152,14 @@ class InteriorPoint:
 
         The predictor goes through the same lines before them, as a pair of equal ones.
         """
-        system = _factorize(ops, cones, problem, sides, state)
+        system, A = _factorize(ops, cones, problem, sides, state), constraints(ops, cones, problem.A)
         t, z, count = state.t[:, None], (sides.open * state.z)[:, None], sides.count[:, None]
         mu = ops.sum(t * z, -1, keepdims=True) / count
         least = _least_mu(ops, sides, state, mu)
         tau = ops.where(mu < 0.1, ops.minimum(ops.maximum(1 - mu, 0.99), 1 - 1e-6), 0.95)
 
         def solve(carry):
-            steps = self._solve(ops, problem, sides, state, system, carry[0])
+            steps = self._solve(ops, problem.P, A, sides, state, system, carry[0])
             lengths = _longest(ops, sides, state, steps, tau)
             dt, dz, length = steps.dt[:, :1], steps.dz[:, :1], lengths[:, :1]
             mu_affine = ops.sum((t + length * dt) * (z + length * dz), -1, keepdims=True) / count
@@ -171,9 +173,11 @@ class InteriorPoint:
         _, steps, lengths = ops.repeat(2, solve, (pair, none, pair[..., :1]))
         first = ((lengths[:, 0] >= 0.3) | (lengths[:, 0] >= lengths[:, 1]))[:, 0]
         step = _Step(*(select(ops, first, d[:, 0], d[:, 1]) for d in steps))
-        return _advance(ops, problem, sides, state, step, select(ops, first, lengths[:, 0], lengths[:, 1]))
+        return _advance(ops, problem, A, sides, state, step, select(ops, first, lengths[:, 0], lengths[:, 1]))
 
-    def _solve(self, ops: Ops, problem: Problem, sides: _Sides, state: _State, system: _System, rhs) -> _Step:
+    def _solve(
+        self, ops: Ops, P: Array, A: Any, sides: _Sides, state: _State, system: _System, rhs: Array
+    ) -> _Step:
         """Steps (B, k, .) that cancel the residuals with  t dz + z dt = rhs (B, k, 3m).
 
         A matrix of condition up to 1 / (rho delta) costs digits, which refinement on the two equations
@@ -182,7 +186,7 @@ class InteriorPoint:
 
         regains; of its iterates the one with the smallest error is kept.
         """
-        P, A, cost = problem.P, problem.A, sides.cost[:, None]
+        cost = sides.cost[:, None]
         r_dual, r_sides = state.r_dual[:, None], state.r_sides[:, None]
         g_sides = r_sides + rhs / ops.where(sides.open > 0, state.z, 1.0)[:, None]
         W, Wg = _gather(system.weights, 1), _gather(system.weights * g_sides)
@@ -191,10 +195,10 @@ class InteriorPoint:
 
         def improve(best):
             dx, dy, first, second, error = best
-            ddx = cholesky_solve(ops, system.cholesky, system.pairs, first - (W * second) @ A)
-            dx, dy = dx + ddx, dy + W * (ddx @ A.mT + second)
-            first = -r_dual - cost * (dx @ P.mT) - system.rho * dx - dy @ A
-            second = ops.where(W > 0, dx @ A.mT + compliance * (Wg - dy), 0.0)
+            ddx = cholesky_solve(ops, system.cholesky, system.pairs, first - matvec(A.mT, W * second))
+            dx, dy = dx + ddx, dy + W * (matvec(A, ddx) + second)
+            first = -r_dual - cost * matvec_symmetric(P, dx) - system.rho * dx - matvec(A.mT, dy)
+            second = ops.where(W > 0, matvec(A, dx) + compliance * (Wg - dy), 0.0)
             new_error = ops.maximum(_size(ops, first), _size(ops, second))
             # NaN, of a failed factorisation, is not a smaller error, but is to be seen.
             new = dx, dy, first, second, new_error
@@ -202,7 +206,7 @@ class InteriorPoint:
 
         start = 0 * r_dual, 0 * Wg, -r_dual, compliance * Wg, ops.inf + 0 * r_dual[..., :1]
         dx, dy, *_ = ops.repeat(1 + self.linear_steps, improve, start)
-        Adx = dx @ A.mT
+        Adx = matvec(A, dx)
         # Refinement has moved dy; the sides of a row share that as they share the weight of the row.
         moved = compliance * (dy - Wg) - Adx
         dz = system.weights * (_spread(ops, Adx + moved) + g_sides)
@@ -246,10 +250,10 @@ def _cost_scale(ops: Ops, problem: Problem) -> Array:
     return 1 / ops.where(size > 0, size, 1.0)
 
 
-def _with_residuals(ops: Ops, problem: Problem, sides: _Sides, state: _State) -> _State:
+def _with_residuals(ops: Ops, problem: Problem, A: Any, sides: _Sides, state: _State) -> _State:
     gradient = sides.cost * (matvec_symmetric(problem.P, state.x) + problem.q)
-    r_sides = _spread(ops, matvec(problem.A, state.x)) + state.t - sides.h
-    r_dual = gradient + matvec(problem.A.mT, _gather(state.z))
+    r_sides = _spread(ops, matvec(A, state.x)) + state.t - sides.h
+    r_dual = gradient + matvec(A.mT, _gather(state.z))
     return state._replace(r_dual=r_dual, r_sides=(sides.open + sides.equal) * r_sides)
 
 
@@ -286,11 +290,13 @@ def _longest(ops: Ops, sides: _Sides, state: _State, step: _Step, tau: Array | f
     return ops.where(nearest > tau, tau / ops.where(nearest > tau, nearest, 1.0), 1.0)
 
 
-def _advance(ops: Ops, problem: Problem, sides: _Sides, state: _State, step: _Step, length: Array) -> _State:
+def _advance(
+    ops: Ops, problem: Problem, A: Any, sides: _Sides, state: _State, step: _Step, length: Array
+) -> _State:
     """The next iterate and its regularisation; without a finite step the same with more regularisation."""
     x, t, z = (old + length * d for old, d in zip(state[:3], step, strict=True))
     new = state._replace(x=x, t=t, z=z)
-    new = _with_residuals(ops, problem, sides, new)
+    new = _with_residuals(ops, problem, A, sides, new)
     residual = _residual(ops, new)
     # Residuals of this size are rounding: less regularisation would not reduce them.
     rounding = 50 * ops.eps(x) * (1 + _size(ops, t) + _size(ops, z) + _size(ops, sides.h))

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..cones import Cones
-from ..linalg.kkt import Factor, Problem, factorize_at, matvec, matvec_symmetric, norm, solve_refined
+from ..linalg.kkt import Factor, Problem, factorize_at, solve_refined
+from ..linalg.products import constraints, matvec, matvec_symmetric, norm
 from ..linalg.rows import linearize, project_linearized
 from ..ops import Array, Ops, select
 from .scaling import Scaling
@@ -57,7 +58,8 @@ def evaluate(ops: Ops, cones: Cones, problem: Problem, units: Units, x: Array, v
     # As `project`, but with the roots and eigenvectors that were found just now.
     s = project_linearized(ops, cones, problem.bounds, linearization, v, 1)
     Px = matvec_symmetric(problem.P, x)
-    Aty, Ax = matvec(problem.A.mT, s - v), matvec(problem.A, x)
+    A = constraints(ops, cones, problem.A)
+    Aty, Ax = matvec(A.mT, s - v), matvec(A, x)
     F = Px + problem.q + Aty, Ax + s - problem.b
     pairs = ((F[0], Aty, units.dual), (F[1], Ax, units.primal))
     residual, term = (ops.stack([norm(ops, pair[i] * pair[2]) for pair in pairs], -1) for i in (0, 1))
@@ -111,7 +113,8 @@ def refine(
         # curved cones a step from far away with little of it goes astray.
         e = ops.maximum(0.01 * error, floor) if cones.rows else ops.full(error.shape, floor, error)
         factor = factorize_at(ops, cones, problem, linearization, ops.minimum(e, 0.01)[:, None])
-        dx, dv = solve_refined(ops, cones, problem.P, problem.A, factor, F)
+        A = constraints(ops, cones, problem.A)
+        dx, dv = solve_refined(ops, cones, problem.P, A, factor, F)
         x, v = x + dx, v + dv
         F, error, is_resolved, linearization = evaluate(ops, cones, problem, units, x, v)
         # A problem that has reached the target stays as it is, whatever the rest of the batch still needs.

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..cones import Cones
-from ..linalg.kkt import Problem, matvec, matvec_symmetric
+from ..linalg.kkt import Problem
+from ..linalg.products import constraints, matvec, matvec_symmetric
 from ..ops import Array, Ops
 
 
@@ -42,7 +43,8 @@ def equilibrate(
     )
     q = D * problem.q
     c = _cost_scale(ops, None if linear else columns, q, problem.P.ndim == 2 and len(D) == 1)
-    P, A = _scale_matrix(problem.P, D if linear else c * D, D), _scale_matrix(problem.A, E, D)
+    P = _scale_matrix(problem.P, D if linear else c * D, D)
+    A = _scale_constraints(ops, cones, problem.A, E, D)
     if cones.rows:
         beta = _size(ops, E * problem.b, c * q, linear)
         D, E, c, q = beta * D, E / beta, c / (beta if linear else beta**2), beta * q
@@ -54,8 +56,8 @@ def equilibrate(
 
 def _balance(ops: Ops, cones: Cones, passes: int, P: Array, A: Array) -> tuple[Array, Array, Array]:
     """D, E and the norms of the columns of D P D."""
-    P2, A2 = P**2, A**2
-    batch = max(M.shape[0] if M.ndim == 3 else 1 for M in (P2, A2))
+    P2, A2 = P**2, constraints(ops, cones, A**2)
+    batch = max(len(M) if M.ndim == 3 else 1 for M in (P, A))
     D = ops.full((batch, P2.shape[-1]), 1.0, P)
     # Rows first: a row 1e8 times longer than the others would otherwise shrink the columns that it meets.
     rows = _cone_means(ops, cones, matvec(A2, D))
@@ -94,6 +96,16 @@ def _cost_scale(ops: Ops, columns: Array | None, q: Array, is_shared: bool) -> A
 def _scale_matrix(M: Array, left: Array, right: Array) -> Array:
     scaled = left[..., :, None] * (M[None] if M.ndim == 2 else M) * right[..., None, :]
     return scaled[0] if M.ndim == 2 and scaled.shape[0] == 1 else scaled
+
+
+def _scale_constraints(ops: Ops, cones: Cones, A: Array, E: Array, D: Array) -> Array:
+    p = cones.paired
+    if not p:
+        return _scale_matrix(A, E, D)
+    k, ones = A.shape[-2] - cones.rows, lambda part: 0 * part + 1
+    own = ops.concat([ones(E[:, : k - 2 * p]), D[:, -p:], D[:, -p:], ones(E[:, k:])], -1)
+    columns = _scale_matrix(A[..., :-1], E, D[:, :-p]), _scale_matrix(A[..., -1:], E * own, ones(D[:, :1]))
+    return ops.concat(columns, -1)
 
 
 def _cone_means(ops: Ops, cones: Cones, rows: Array) -> Array:

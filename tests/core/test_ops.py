@@ -98,10 +98,12 @@ def each(call, expected, *arguments):
 MATRICES = [normal(3, 4), normal(0, 4), normal(2, 0)]
 PAIRS = [(draw, draw) for draw in MATRICES]
 SQUARES = [definite(3, 3), definite(2, 3, 3), definite(1, 3, 3), definite(0, 3, 3), definite(2, 0, 0)]
+SQUARES += [definite(1, 1), definite(1, 1, 1), definite(2, 1, 1)]
 # The batch axis of a matrix may have length 1, to be shared by the right-hand sides.
 SYSTEMS = [
     (definite(2, 3, 3), normal(2, 3, 4)),
     (definite(1, 3, 3), normal(1, 3, 4)),
+    (definite(1, 1, 1), normal(1, 1, 1)),
     (definite(1, 3, 3), normal(2, 3, 2)),
     (definite(0, 3, 3), normal(0, 3, 2)),
     (definite(2, 0, 0), normal(2, 0, 2)),

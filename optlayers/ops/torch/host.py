@@ -11,6 +11,7 @@ import builtins
 import contextvars
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,24 +95,31 @@ _LAPACK = {
 }
 
 
+def _is_one(x):
+    return 0 < x.size == math.prod(x.shape[-2:])
+
+
 def cholesky(x):
-    if len(x) > 1 or not x.size:
+    if not _is_one(x):
         return numpy.cholesky(x)
-    upper, failed = _LAPACK[x.dtype][0](x[0].T)
+    upper, failed = _LAPACK[x.dtype][0](x.reshape(x.shape[-2:]).T)
     # NaN in the matrix reaches the last entry, but is no failure to some versions of LAPACK.
-    return np.full_like(x, np.nan) if failed or np.isnan(upper[-1, -1]) else upper.T[None]
+    failed = failed or np.isnan(upper[-1, -1])
+    return np.full_like(x, np.nan) if failed else upper.T.reshape(x.shape)
 
 
 def cholesky_solve(factor, rhs):
-    if len(factor) > 1 or len(rhs) > 1 or not rhs.size:
+    if not (_is_one(factor) and _is_one(rhs) and factor.ndim == rhs.ndim):
         return arrays.cholesky_solve(torch.from_numpy(factor), torch.from_numpy(rhs)).numpy()
-    return _LAPACK[factor.dtype][1](factor[0].T, rhs[0])[0][None]
+    upper, columns = (x.reshape(x.shape[-2:]) for x in (factor.mT, rhs))
+    return _LAPACK[factor.dtype][1](upper, columns)[0].reshape(rhs.shape)
 
 
 def inverse_triangular(factor):
-    if len(factor) > 1 or not factor.size:
+    if not _is_one(factor):
         return arrays.inverse_triangular(torch.from_numpy(factor)).numpy()
-    return _LAPACK[factor.dtype][2](factor[0].T)[0].T[None]
+    upper = factor.reshape(factor.shape[-2:]).T
+    return _LAPACK[factor.dtype][2](upper)[0].T.reshape(factor.shape)
 
 
 def in_blocks(function, arrays, ndims, size):
