@@ -15,5 +15,7 @@ def apply_spectral(ops, basis, eigenvalues, g, u, rotated):
     """
     batch, count, d = eigenvalues.shape
     values = g(ops.reshape(eigenvalues, (batch, count * d)))
-    product = ops.reshape(values, (values.shape[0], count, d, 1)) * (basis.mT @ u)
+    values = ops.reshape(values, (values.shape[0], count, d, 1))
+    # The smaller of the two is weighted.
+    product = (values * basis.mT) @ u if u.shape[-1] > d else values * (basis.mT @ u)
     return product if rotated else basis @ product

@@ -45,14 +45,14 @@ class Compact(NamedTuple):
 
     def times(self, x: Array) -> Array:
         p, rows = self.cones.paired, _pairs(self.cones, self.matrix)
-        main, own = self.matrix[..., :-1], batched(self.matrix)[..., rows, -1]
+        main, own = self.matrix[..., :-1], batched(self.matrix)[..., -1]
         own = own[:, None] if x.ndim == 3 else own
         if self.is_transposed:
-            forces = own * x[..., rows]
+            forces = own[..., rows] * x[..., rows]
             return self.ops.concat([matvec(main.mT, x), forces[..., :p] + forces[..., p:]], -1)
-        y, e = matvec(main, x[..., :-p]), x[..., -p:]
-        added = y[..., rows] + own * self.ops.concat([e, e], -1)
-        return self.ops.concat([y[..., : rows.start], added, y[..., rows.stop :]], -1)
+        zeros = lambda count: self.ops.full((*x.shape[:-1], count), 0.0, x)
+        e, behind = x[..., -p:], own.shape[-1] - rows.stop
+        return matvec(main, x[..., :-p]) + own * self.ops.concat([zeros(rows.start), e, e, zeros(behind)], -1)
 
     def full(self) -> Array:
         """The matrix as a whole."""
