@@ -105,14 +105,13 @@ def reduce_single(
     if not s:
         return half, pairs
     start, stop = _single_rows(cones)
-    thirds = [half[:, start + i : stop : 3] for i in range(3)]  # rows may be given back in any order
-    H, a = [rows[..., :n] for rows in thirds], [rows[..., n:] for rows in thirds]
-    dot = lambda x: a[0] * x[0] + a[1] * x[1] + a[2] * x[2]
-    ridge = (ops.diagonal(batched(P))[..., n : n + s] + r)[..., None]
-    q, c = dot(a) + ridge, dot(H)
-    share = c / (q + ops.sqrt(q * ridge))
-    rows = [half[:, :start, :n], *(x - y * share for x, y in zip(H, a, strict=True)), half[:, stop:, :n]]
-    new = c / q, 1 / q[..., 0]
+    parts = ops.reshape(half[:, start:stop], (-1, s, 3, n + 1))
+    H, a = parts[..., :n], parts[..., n:]
+    ridge = (ops.diagonal(batched(P))[..., n : n + s] + r)[..., None, None]
+    q, c = a.mT @ a + ridge, a.mT @ H
+    root = ops.eye(3, a)[None, None] - a @ a.mT / (q + ops.sqrt(q * ridge))
+    rows = [half[:, :start, :n], ops.reshape(root @ H, (-1, 3 * s, n)), half[:, stop:, :n]]
+    new = c[:, :, 0] / q[..., 0], 1 / q[..., 0, 0]
     pairs = tuple(ops.concat(both, 1) for both in zip(new, pairs, strict=True)) if pairs else new
     return ops.concat(rows, 1), pairs
 
