@@ -19,7 +19,7 @@ class Orthant:
     def shapes(self, count):
         return ((count, self.rows),)
 
-    def project(self, ops, v):
+    def project(self, ops, v, start=None):
         return ops.concat([0.0 * v[..., : self.zero], ops.maximum(v[..., self.zero :], 0.0)], axis=-1)
 
     def linearize(self, ops, v):

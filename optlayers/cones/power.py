@@ -55,7 +55,7 @@ class Power:
         d = self.rows
         return ((count, d), (count, d), (count, d, d), (count, d), (count, d - 1), (count, 2))
 
-    def project(self, ops, v):
+    def project(self, ops, v, start=None):
         scale, u = _normalize(ops, v)
         a = self._exponents(ops, v)
         s, _, _ = _point(ops, a, u)

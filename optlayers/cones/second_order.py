@@ -32,7 +32,7 @@ class SecondOrder:
     def shapes(self, count):
         return ((count, self.size - 1), (count, 3))
 
-    def project(self, ops, v):
+    def project(self, ops, v, start=None):
         t, w, r, safe = _parts(ops, v)
         height = ops.maximum((r + t) / 2, 0.0)
         inside = t > r

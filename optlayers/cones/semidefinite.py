@@ -40,7 +40,7 @@ class Semidefinite:
     def shapes(self, count):
         return ((count, self.order, self.order), (count, self.order))
 
-    def project(self, ops, v):
+    def project(self, ops, v, start=None):
         U, lam = self.linearize(ops, v)
         return self._vector(ops, (U * ops.maximum(lam, 0.0)[..., None, :]) @ U.mT)
 

@@ -29,12 +29,15 @@ def _clip(ops: Ops, x: Array, bounds: tuple[Array, Array]) -> Array:
     return ops.minimum(ops.maximum(x, bounds[0]), bounds[1])
 
 
-def project(ops: Ops, cones: Cones, bounds: tuple[Array, Array], v: Array) -> Array:
-    """The projection Pi(v) of v (B, m) onto the set."""
+def project(
+    ops: Ops, cones: Cones, bounds: tuple[Array, Array], v: Array, start: Array | None = None
+) -> Array:
+    """The projection Pi(v) of v (B, m) onto the set; for `start` see `optlayers.cones.project`."""
     k = bounds[0].shape[-1]
     if not cones.rows:
         return _clip(ops, v, bounds)
-    return ops.concat([_clip(ops, v[:, :k], bounds), curved.project(ops, cones, v[:, k:])], -1)
+    start = None if start is None else start[:, k:]
+    return ops.concat([_clip(ops, v[:, :k], bounds), curved.project(ops, cones, v[:, k:], start)], -1)
 
 
 def linearize(ops: Ops, cones: Cones, bounds: tuple[Array, Array], v: Array) -> Linearization:

@@ -84,7 +84,7 @@ class ADMM:
 
     max_iter: int = 2000
     check_every: int = 25
-    rho: float = 0.1
+    rho: float = 1.0
     sigma: float = 1e-6
     alpha: float = 1.6
     refine: int = 5
@@ -112,7 +112,7 @@ class ADMM:
             w, s, _ = carry
             mirrored = s + s - w
             w = w - self.alpha * s + (constant + response(weights * mirrored))
-            return w, project(ops, cones, problem.bounds, w), mirrored
+            return w, project(ops, cones, problem.bounds, w, s), mirrored
 
         w, s, mirrored = ops.repeat(self.check_every, iterate, (state.w, state.s, state.w))
         x = solve(matvec(A.mT, R * (problem.b - mirrored)))
