@@ -23,8 +23,7 @@ from ..linalg.sensitivity import Regularity, prepare
 from ..ops import Array, Ops, select
 from ..solvers.admm import ADMM
 from ..solvers.base import RUNNING, Solver, advance, conclude, rounds, run, start, tolerances
-from ..solvers.choice import AUTOMATIC, choose, configure
-from ..solvers.host import Clarabel
+from ..solvers.choice import choose, configure
 from ..solvers.refinement import Point, smallest_regularization
 from ..solvers.scaling import Scaling, equilibrate
 from ..status import Status, check, is_usable
@@ -313,7 +312,7 @@ def conic_layer(
     convex: bool = False,
 ) -> ConicLayer:
     """The layer for a choice of solver and of its settings, see `choose` and `configure`."""
-    solvers = choose(cones, linear, solver) + ((Clarabel(),) if rescue and solver in AUTOMATIC else ())
+    solvers = choose(cones, linear, solver, rescue)
     solvers, eps = configure(solvers, solver_args or {})
     if isinstance(gradient, str):
         if gradient not in GRADIENTS:
