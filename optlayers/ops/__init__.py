@@ -189,6 +189,18 @@ class Ops(Protocol):
         """
         ...
 
+    def holds(self, condition: Array) -> bool:
+        """Whether `condition`, a scalar, is known to hold, and not only traced or mapped."""
+        ...
+
+    def remembered(self, function: Callable, settings: tuple, *arrays: Array) -> Any:
+        """`function(*settings, *arrays)`; on the host as it was computed before, if for equal arguments.
+
+        For what a batch shares and takes long. The settings are hashable, the arrays in the result not to be
+        written to.
+        """
+        ...
+
     def solve_small(
         self, inputs: Sequence[Array], settings: Sequence[float], counts: Sequence[int]
     ) -> list[Array] | None:
@@ -366,18 +378,6 @@ class MatrixFreeOps(Ops, Protocol):
 
     def has_tape(self) -> bool:
         """Whether what is computed now is recorded for derivatives in reverse mode, and for no others."""
-        ...
-
-    def holds(self, condition: Array) -> bool:
-        """Whether `condition`, a scalar, is known to hold, and not only traced or mapped."""
-        ...
-
-    def remembered(self, function: Callable, settings: tuple, *arrays: Array) -> Any:
-        """`function(*settings, *arrays)`; on the host as it was computed before, if for equal arguments.
-
-        For what a batch shares and takes long. The settings are hashable, the arrays in the result not to be
-        written to.
-        """
         ...
 
     def bounded_repeat(self, count: Any, limit: int, body: Callable, state: Any) -> Any:

@@ -9,6 +9,7 @@ import pytest
 
 from optlayers import cones as K
 from optlayers.cones import Cones
+from optlayers.ops import numpy as numpy_ops
 
 # Every family; equal cones apart from one another.
 ALL = Cones(1, 2, (3, 1, 4, 3), (3, 2, 3), 2, ((0.3, 0.7), (0.2, 0.3, 0.5), (0.9, 0.1)))
@@ -198,6 +199,19 @@ def test_exponential_projection_is_accurate(numeric, rng):
     error = np.abs(numeric.project(Cones(exp=1), scale * v) / scale - s).max(axis=1)
     # v itself is rounded relative to its largest entry.
     assert (error / np.abs(v).max(axis=1)).max() < 1e-14
+
+
+def test_projection_from_another_one(rng):
+    """As ADMM calls it: accurate once the points no longer move, wherever the first one was."""
+    v = rng.standard_normal((20_000, ALL.rows))
+    v = v * 10 ** rng.uniform(-3, 3, (len(v), 1))
+    project = np.errstate(all="ignore")(partial(K.project, numpy_ops, ALL))
+    exact = project(v)
+    for start in (v + 0.1 * rng.standard_normal(v.shape) * abs(v), rng.standard_normal(v.shape)):
+        s = project(start)
+        for _ in range(4):
+            s = project(v, s)
+        assert (abs(s - exact).max(1) <= 1e-13 * abs(v).max(1)).all()
 
 
 def solved_by_cvxpy(cones, v):

@@ -1146,6 +1146,14 @@ def test_remembered_on_the_host_is_limited(host, monkeypatch):
     assert not results
 
 
+def test_holds(ops, framework, host):
+    for seam, array in ((ops, framework.array), (host, np.array)):
+        assert seam.holds(array(True)) and not seam.holds(array(False))
+    seen = []
+    framework.vmap(lambda x: seen.append(ops.holds(x > 0)) or x)(framework.array([1.0, 2.0]))
+    assert seen == [False]
+
+
 def test_remembered(ops, framework):
     x = framework.array([1.0, 2.0])
     assert_close(ops.remembered(lambda factor, x: factor * x, (2.0,), x), [2.0, 4.0])
