@@ -177,7 +177,10 @@ class ConicSolve:
     def _final_factor(self, ops: Ops, problem: Problem, best: Point) -> Factor:
         """J at the final point. On polyhedral cones D is constant around it: refinement's factor is that."""
         if not self.cones.rows:
-            return best.factor
+            # But for the bound that a row with l = u is at, which no step needs to know.
+            (l, u), linearization = problem.bounds, best.factor.linearization
+            lower = ops.where(best.v <= l, 1.0, ops.where(best.v >= u, 0.0, linearization.lower))
+            return best.factor._replace(linearization=linearization._replace(lower=lower))
         e = ops.full((best.x.shape[0], 1), smallest_regularization(ops, best.x), best.x)
         return factorize(ops, self.cones, problem, best.v, e)
 

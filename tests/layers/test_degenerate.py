@@ -194,3 +194,30 @@ def _value(problem, case):
 def _objective(case, x):
     case.variable.value = x
     return case.objective.value
+
+
+@pytest.mark.parametrize("iterations", [1, 25])
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_equal_bounds(frontend, iterations, rng):
+    """The derivative is in the bound that the row presses against, the only one that it can leave.
+
+    After few iterations Newton's steps start from multipliers of either sign.
+    """
+    frontend = FRONTENDS[frontend]()
+    module, (n, m, batch) = frontend.module, (7, 9, 8)
+    P, A = np.eye(n), rng.standard_normal((m, n))
+    q, l = rng.standard_normal((batch, n)), A @ rng.standard_normal(n)
+    u = l + np.where(np.arange(m) < 3, 0.0, rng.random(m))
+    solver = module.ADMM(check_every=iterations)
+
+    def solved(l, u):
+        solution = module.solve_qp(*map(frontend.array, (P, q, A)), l, u, solver=solver)
+        return solution.x, solution.y
+
+    weights = rng.standard_normal((batch, n)), np.zeros((batch, m))
+    bounds = [np.tile(bound, (batch, 1)) for bound in (l, u)]
+    (_, y), (l_bar, u_bar) = frontend.differentiable(solved)(bounds, weights)
+    pressed = y[:, :3]
+    assert (abs(pressed) > 1e-3).all() and (pressed > 0).any() and (pressed < 0).any()
+    assert (l_bar[:, :3][pressed > 0] == 0).all() and (abs(l_bar[:, :3][pressed < 0]) > 1e-6).all()
+    assert (u_bar[:, :3][pressed < 0] == 0).all() and (abs(u_bar[:, :3][pressed > 0]) > 1e-6).all()
