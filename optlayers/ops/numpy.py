@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections import OrderedDict
 from threading import Lock
 
 import numpy as np
@@ -162,8 +161,8 @@ def in_blocks(function, arrays, ndims, size, run=map, threads=1):
     return [np.concatenate(outputs) for outputs in zip(*results, strict=True)]
 
 
-REMEMBERED_BYTES = 2**28
-_remembered: OrderedDict = OrderedDict()  # results and their sizes, the latest used at the end
+MOST_REMEMBERED, REMEMBERED_BYTES = 32, 2**28
+_remembered: dict = {}  # results and their sizes, the latest at the end
 _lock = Lock()
 
 
@@ -184,16 +183,16 @@ class _Values:
 def remembered(function, settings, *arrays):
     values = _Values(arrays)
     key = function, settings, values
-    with _lock:
-        if key in _remembered:
-            _remembered.move_to_end(key)
-            return _remembered[key][0]
+    found = _remembered.get(key)
+    if found is not None:
+        return found[0]
     result, kept = function(*settings, *values.arrays), [*values.arrays]
     tree_map(kept.append, result)
     with _lock:
         _remembered[key] = result, builtins.sum(x.nbytes for x in kept)
-        while builtins.sum(size for _, size in _remembered.values()) > REMEMBERED_BYTES:
-            _remembered.popitem(last=False)
+        sizes = lambda: builtins.sum(size for _, size in _remembered.values())
+        while len(_remembered) > MOST_REMEMBERED or sizes() > REMEMBERED_BYTES:
+            del _remembered[next(iter(_remembered))]
     return result
 
 

@@ -1108,7 +1108,7 @@ def test_cholesky_of_one_matrix_on_the_host(host, dtype):
 
 def test_remembered_on_the_host(host, monkeypatch):
     """Once for equal arguments, whoever owns their memory, and never for others."""
-    monkeypatch.setattr("optlayers.ops.numpy._remembered", type(host.numpy._remembered)())
+    monkeypatch.setattr("optlayers.ops.numpy._remembered", {})
     calls = []
 
     def scaled(factor, x):
@@ -1134,16 +1134,19 @@ def test_remembered_on_the_host(host, monkeypatch):
 
 
 def test_remembered_on_the_host_is_limited(host, monkeypatch):
-    results = type(host.numpy._remembered)()
+    results = {}
     monkeypatch.setattr("optlayers.ops.numpy._remembered", results)
     monkeypatch.setattr("optlayers.ops.numpy.REMEMBERED_BYTES", 1000)
     recall = lambda i: host.remembered(np.multiply, (2.0,), np.full(30, float(i)))  # 480 bytes each
-    for i in (0, 1, 0, 2):
+    for i in range(3):
         recall(i)
-    assert sorted(key[2].arrays[0][0] for key in results) == [0.0, 2.0]
-    recall_large = host.remembered(np.multiply, (2.0,), np.ones(1000))
-    assert_close(recall_large, np.full(1000, 2.0))
+    assert [key[2].arrays[0][0] for key in results] == [1.0, 2.0]
+    large = host.remembered(np.multiply, (2.0,), np.ones(1000))
+    assert_close(large, np.full(1000, 2.0))
     assert not results
+    monkeypatch.setattr("optlayers.ops.numpy.MOST_REMEMBERED", 1)
+    recall(0), recall(1)
+    assert [key[2].arrays[0][0] for key in results] == [1.0]
 
 
 def test_holds(ops, framework, host):
