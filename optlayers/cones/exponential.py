@@ -86,6 +86,8 @@ class Exponential:
     def project_linearized(self, ops, lin, v, order):
         """The Taylor polynomial: short, and as differentiable as any other polynomial."""
         v0, s, basis, eigenvalues, curvature = lin
+        if order == 0:
+            return s
         E = ((v - v0)[..., None, :] @ basis)[..., 0, :]
         change = eigenvalues * E
         if order > 1:

@@ -89,6 +89,8 @@ class Power:
     def project_linearized(self, ops, lin, v, order):
         """The Taylor polynomial: short, and as differentiable as any other polynomial."""
         v0, s, basis, eigenvalues, m, axis = lin
+        if order == 0:
+            return s
         E = v - v0
         change = (basis @ (eigenvalues * (E[..., None, :] @ basis)[..., 0, :])[..., None])[..., 0]
         if order > 1:

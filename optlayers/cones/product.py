@@ -227,7 +227,7 @@ def spectral(
 def project_linearized(
     ops: Ops, cones: Cones, linearization: Linearization, v: Array, order: int = 2
 ) -> Array:
-    """Pi_K(v) with derivatives in `v` that are right up to `order` (1 or 2) at the point of linearisation.
+    """Pi_K(v) with derivatives in `v` that are right up to `order` at the point of linearisation, 0 to 2.
 
     Differentiable in every mode and nesting: the branch, the eigenvectors and the roots that the projection
     depends on are taken from `linearization`, which must be constant and built at the value of `v`.

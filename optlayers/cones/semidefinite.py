@@ -41,8 +41,7 @@ class Semidefinite:
         return ((count, self.order, self.order), (count, self.order))
 
     def project(self, ops, v, start=None):
-        U, lam = self.linearize(ops, v)
-        return self._vector(ops, (U * ops.maximum(lam, 0.0)[..., None, :]) @ U.mT)
+        return self.project_linearized(ops, self.linearize(ops, v), v, 0)
 
     def linearize(self, ops, v):
         scale = ops.amax(abs(v), axis=-1, keepdims=True)
@@ -71,6 +70,8 @@ class Semidefinite:
 
     def project_linearized(self, ops, lin, v, order):
         U, lam = lin
+        if order == 0:
+            return self._vector(ops, (U * ops.maximum(lam, 0.0)[..., None, :]) @ U.mT)
         diagonal = ops.eye(self.order, v)[None, None]
         E = U.mT @ self._matrix(ops, v) @ U - lam[..., None] * diagonal
         change = self._weights(ops, lam) * E

@@ -168,7 +168,7 @@ class ConicSolve:
         factor, regularity = prepare(ops, self.cones, problem, best.v, self._final_factor(ops, problem, best))
         factor = _repair(ops, factor, ~is_usable(status))
         D, E, c = (ops.broadcast_to(part, (batch, part.shape[-1])) for part in scaling)
-        s = project_linearized(ops, self.cones, problem.bounds, factor.linearization, best.v, 1)
+        s = project_linearized(ops, self.cones, problem.bounds, factor.linearization, best.v, 0)
         solution = scaling.restore(best.x, s, s - best.v)
         facts = best.residual, status, iterations, *map(ops.to_int, regularity)
         root = best.x, best.v, D, E, c, factor.e, factor.cholesky, *factor.pairs

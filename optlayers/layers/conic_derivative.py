@@ -78,7 +78,7 @@ def adjoint(
     linearization = _linearization(cones, x.shape[-1], factors)
     E_bounds = E[:, : l.shape[-1]]
     bounds = tuple(E_bounds * (z[None] if z.ndim == 1 else z) for z in (l, u))
-    s = project_linearized(ops, cones, bounds, linearization, v, 1)
+    s = project_linearized(ops, cones, bounds, linearization, v, 0)
     x_bar, s_bar, y_bar = (
         ops.full(z.shape, 0.0, z) if bar is None else bar
         for bar, z in zip(cotangents, (x, v, v), strict=True)

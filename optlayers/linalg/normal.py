@@ -108,10 +108,11 @@ def reduce_single(
     parts = ops.reshape(half[:, start:stop], (-1, s, 3, n + 1))
     H, a = parts[..., :n], parts[..., n:]
     ridge = (ops.diagonal(batched(P))[..., n : n + s] + r)[..., None, None]
-    q, c = a.mT @ a + ridge, a.mT @ H
+    q = a.mT @ a + ridge
     root = ops.eye(3, a)[None, None] - a @ a.mT / (q + ops.sqrt(q * ridge))
-    rows = [half[:, :start, :n], ops.reshape(root @ H, (-1, 3 * s, n)), half[:, stop:, :n]]
-    new = c[:, :, 0] / q[..., 0], 1 / q[..., 0, 0]
+    product = ops.concat([root, a.mT], -2) @ H
+    rows = [half[:, :start, :n], ops.reshape(product[:, :, :3], (-1, 3 * s, n)), half[:, stop:, :n]]
+    new = product[:, :, 3] / q[..., 0], 1 / q[..., 0, 0]
     pairs = tuple(ops.concat(both, 1) for both in zip(new, pairs, strict=True)) if pairs else new
     return ops.concat(rows, 1), pairs
 

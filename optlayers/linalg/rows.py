@@ -81,7 +81,7 @@ def curved_half(ops: Ops, cones: Cones, lin: Linearization, g: Callable[[Array],
 def project_linearized(
     ops: Ops, cones: Cones, bounds: tuple[Array, Array], lin: Linearization, v: Array, order: int
 ) -> Array:
-    """Pi(v) with derivatives in v and in the bounds up to `order`, at the point of `lin`."""
+    """Pi(v) with derivatives in v and in the bounds up to `order`, 0 to 2, at the point of `lin`."""
     k = lin.free.shape[-1]
     at_bound = ops.where(lin.lower > 0, bounds[0], bounds[1])
     head = ops.where(lin.free > 0, v[:, :k], at_bound)

@@ -56,7 +56,7 @@ def evaluate(ops: Ops, cones: Cones, problem: Problem, units: Units, x: Array, v
     """
     linearization = linearize(ops, cones, problem.bounds, v)
     # As `project`, but with the roots and eigenvectors that were found just now.
-    s = project_linearized(ops, cones, problem.bounds, linearization, v, 1)
+    s = project_linearized(ops, cones, problem.bounds, linearization, v, 0)
     Px = matvec_symmetric(problem.P, x)
     A = constraints(ops, cones, problem.A)
     Aty, Ax = matvec(A.mT, s - v), matvec(A, x)
