@@ -31,8 +31,8 @@ from .rows import curved_half, linearize, spectral
 class Problem(NamedTuple):
     """minimise 1/2 x'Px + q'x subject to A x + s = b, l <= s <= u on the first k rows, s in K on the rest.
 
-    A is as `optlayers.linalg.products.compacted` gives it. q (B, n), b (B, m), l and u (B, k), of which
-    entries beside curved cones are 0 or infinite; see `optlayers.linalg.rows`.
+    q (B, n), b (B, m), l and u (B, k), of which entries beside curved cones are 0 or infinite; see
+    `optlayers.linalg.rows`. In solvers, A is as `optlayers.linalg.products.compacted` gives it.
     """
 
     P: Array

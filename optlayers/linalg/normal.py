@@ -48,8 +48,8 @@ def reduce(ops: Ops, p: int, n: int, P: Array, A: Array, W: Array, r: Array | fl
     if not p:
         return Reduced(batched(P)[..., :n, :n] + gram(ops, A[..., :n], W), batched(A), ())
     P, A = batched(P), batched(A)
-    G, (first, second) = A[..., :n], _pair_rows(p, k)
-    a_1, a_2 = pair_coefficients(p, A, k)
+    G, first, second = A[..., :n], slice(k - 2 * p, k - p), slice(k - p, k)
+    a_1, a_2 = A[..., first, -1], A[..., second, -1]
     f_1, f_2 = a_1 * W[:, first], a_2 * W[:, second]
     ridge = ops.diagonal(P)[..., -p:] + r
     inverse = 1 / (a_1 * f_1 + a_2 * f_2 + ridge)
@@ -63,16 +63,6 @@ def reduce(ops: Ops, p: int, n: int, P: Array, A: Array, W: Array, r: Array | fl
     H = ops.concat([ops.broadcast_to(rows, (W.shape[0], *rows.shape[-2:])) for rows in H], -2)
     coupling = scale(f_1, first) + scale(f_2, second)
     return Reduced(P[..., :n, :n] + G.mT @ (W[..., None] * H), H, (coupling, inverse))
-
-
-def _pair_rows(p: int, k: int) -> tuple[slice, slice]:
-    return slice(k - 2 * p, k - p), slice(k - p, k)
-
-
-def pair_coefficients(p: int, A: Array, k: int) -> tuple[Array, Array]:
-    """a_1 and a_2 (B or 1, p)."""
-    a_1, a_2 = (batched(A)[..., rows, -1] for rows in _pair_rows(p, k))
-    return a_1, a_2
 
 
 def _single_rows(cones: Cones) -> tuple[int, int]:

@@ -54,15 +54,6 @@ class Compact(NamedTuple):
         e, behind = x[..., -p:], own.shape[-1] - rows.stop
         return matvec(main, x[..., :-p]) + own * self.ops.concat([zeros(rows.start), e, e, zeros(behind)], -1)
 
-    def full(self) -> Array:
-        """The matrix as a whole."""
-        eye = self.ops.eye(self.cones.paired, self.matrix)
-        eye, own = eye if self.matrix.ndim == 2 else eye[None], self.matrix[..., -1:]
-        rows, nothing = _pairs(self.cones, own), 0 * eye[..., :1, :]
-        parts = own[..., : rows.start, :] * nothing, own[..., rows, :] * self.ops.concat([eye, eye], -2)
-        columns = self.ops.concat([*parts, own[..., rows.stop :, :] * nothing], -2)
-        return self.ops.concat([self.matrix[..., :-1], columns], -1)
-
 
 def compacted(ops: Ops, cones: Cones, A: Array) -> Array:
     """The array of `Compact` for A; A itself where no variables are paired."""
@@ -74,6 +65,18 @@ def compacted(ops: Ops, cones: Cones, A: Array) -> Array:
     own = [ops.diagonal(A[..., part, -p:])[..., None] for part in (first, second)]
     own = [0 * A[..., : rows.start, :1], *own, 0 * A[..., rows.stop :, :1]]
     return ops.concat([A[..., :-p], ops.concat(own, -2)], -1)
+
+
+def expanded(ops: Ops, cones: Cones, A: Array) -> Array:
+    """The matrix that `compacted` was given."""
+    if not cones.paired:
+        return A
+    eye, own, rows = ops.eye(cones.paired, A), A[..., -1:], _pairs(cones, A)
+    eye = eye if A.ndim == 2 else eye[None]
+    nothing = 0 * eye[..., :1, :]
+    parts = own[..., : rows.start, :] * nothing, own[..., rows, :] * ops.concat([eye, eye], -2)
+    columns = ops.concat([*parts, own[..., rows.stop :, :] * nothing], -2)
+    return ops.concat([A[..., :-1], columns], -1)
 
 
 def constraints(ops: Ops, cones: Cones, A: Array) -> Any:

@@ -177,7 +177,8 @@ class _Values:
         return self.hash
 
     def __eq__(self, other):
-        return builtins.all(map(np.array_equal, self.arrays, other.arrays))
+        pairs = zip(self.arrays, other.arrays, strict=True)
+        return builtins.all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
 
 
 def remembered(function, settings, *arrays):
@@ -188,6 +189,8 @@ def remembered(function, settings, *arrays):
         return found[0]
     result, kept = function(*settings, *values.arrays), [*values.arrays]
     tree_map(kept.append, result)
+    for x in kept:
+        x.flags.writeable = False
     with _lock:
         _remembered[key] = result, builtins.sum(x.nbytes for x in kept)
         sizes = lambda: builtins.sum(size for _, size in _remembered.values())

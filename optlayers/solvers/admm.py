@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from ..cones import Cones
 from ..linalg.kkt import Problem
-from ..linalg.normal import pair_coefficients, reduce, solve_reduced
-from ..linalg.products import Compact, constraints, matvec, matvec_symmetric, norm
+from ..linalg.normal import reduce, solve_reduced
+from ..linalg.products import batched, constraints, expanded, matvec, matvec_symmetric, norm
 from ..linalg.rows import project
 from ..ops import Array, Ops
 from .base import Direction
@@ -180,7 +180,7 @@ def _inverse_root(ops: Ops, matrix: Array, sigma: float) -> Array:
 
 
 def _diagonalize(ops: Ops, sigma: float, cones: Cones, P: Array, A: Array, R: Array) -> _Factor:
-    A = Compact(ops, cones, A).full() if cones.paired else A
+    A = expanded(ops, cones, A)
     V = _inverse_root(ops, 1.0 * P, sigma)
     half = A @ V
     values, Q = ops.eigh(half.mT @ (R[0][:, None] * half))
@@ -196,7 +196,7 @@ def _response(ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> Ca
         return lambda r: matvec_symmetric(*UUt, r)
     if not pairs:
         return lambda r: matvec(U, inverse * matvec(U.mT, r))
-    a = ops.stack(pair_coefficients(p, problem.A, k), -2)
+    a = ops.reshape(batched(problem.A)[:, k - 2 * p : k, -1], (-1, 2, p))
     weights = a * pairs[1][:, None]
 
     def response(r):

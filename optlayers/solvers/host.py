@@ -18,7 +18,7 @@ import scipy.sparse as sp
 
 from ..cones import Cones
 from ..linalg.kkt import Problem
-from ..linalg.products import Compact, constraints, matvec
+from ..linalg.products import constraints, expanded, matvec
 from ..linalg.rows import project
 from ..ops import Array, Ops
 from .base import Direction
@@ -83,8 +83,7 @@ class Host:
     def step(self, ops: Ops, cones: Cones, problem: Problem, state: _HostState) -> _HostState:
         solve = partial(_solve_batch, self._solve, cones)
         shapes = [state.x.shape, state.y.shape, state.x.shape, state.y.shape]
-        if cones.paired:
-            problem = problem._replace(A=Compact(ops, cones, problem.A).full())
+        problem = problem._replace(A=expanded(ops, cones, problem.A))
         x, y, dx, dy = ops.call_host(solve, shapes, state.active, *problem)
         return _HostState(x, y, dx, dy, state.active)
 

@@ -22,7 +22,7 @@ Shapes: x (B, n), y (B, m), sides (B, 3m) with 0 for t, z and h where there is n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..cones import Cones
 from ..linalg.kkt import Problem
@@ -131,7 +131,7 @@ class InteriorPoint:
             delta_floor=floors[1] * unit,
             unit=unit,
         )
-        return _with_residuals(ops, problem, A, sides, state)
+        return _with_residuals(ops, cones, problem, sides, state)
 
     def step(self, ops: Ops, cones: Cones, problem: Problem, state: _State) -> _State:
         sides = _split(ops, problem)
@@ -152,14 +152,14 @@ class InteriorPoint:
 
         The predictor goes through the same lines before them, as a pair of equal ones.
         """
-        system, A = _factorize(ops, cones, problem, sides, state), constraints(ops, cones, problem.A)
+        system = _factorize(ops, cones, problem, sides, state)
         t, z, count = state.t[:, None], (sides.open * state.z)[:, None], sides.count[:, None]
         mu = ops.sum(t * z, -1, keepdims=True) / count
         least = _least_mu(ops, sides, state, mu)
         tau = ops.where(mu < 0.1, ops.minimum(ops.maximum(1 - mu, 0.99), 1 - 1e-6), 0.95)
 
         def solve(carry):
-            steps = self._solve(ops, problem.P, A, sides, state, system, carry[0])
+            steps = self._solve(ops, cones, problem, sides, state, system, carry[0])
             lengths = _longest(ops, sides, state, steps, tau)
             dt, dz, length = steps.dt[:, :1], steps.dz[:, :1], lengths[:, :1]
             mu_affine = ops.sum((t + length * dt) * (z + length * dz), -1, keepdims=True) / count
@@ -173,10 +173,11 @@ class InteriorPoint:
         _, steps, lengths = ops.repeat(2, solve, (pair, none, pair[..., :1]))
         first = ((lengths[:, 0] >= 0.3) | (lengths[:, 0] >= lengths[:, 1]))[:, 0]
         step = _Step(*(select(ops, first, d[:, 0], d[:, 1]) for d in steps))
-        return _advance(ops, problem, A, sides, state, step, select(ops, first, lengths[:, 0], lengths[:, 1]))
+        length = select(ops, first, lengths[:, 0], lengths[:, 1])
+        return _advance(ops, cones, problem, sides, state, step, length)
 
     def _solve(
-        self, ops: Ops, P: Array, A: Any, sides: _Sides, state: _State, system: _System, rhs: Array
+        self, ops: Ops, cones: Cones, problem: Problem, sides: _Sides, state: _State, system: _System, rhs
     ) -> _Step:
         """Steps (B, k, .) that cancel the residuals with  t dz + z dt = rhs (B, k, 3m).
 
@@ -186,7 +187,7 @@ class InteriorPoint:
 
         regains; of its iterates the one with the smallest error is kept.
         """
-        cost = sides.cost[:, None]
+        P, A, cost = problem.P, constraints(ops, cones, problem.A), sides.cost[:, None]
         r_dual, r_sides = state.r_dual[:, None], state.r_sides[:, None]
         g_sides = r_sides + rhs / ops.where(sides.open > 0, state.z, 1.0)[:, None]
         W, Wg = _gather(system.weights, 1), _gather(system.weights * g_sides)
@@ -250,7 +251,8 @@ def _cost_scale(ops: Ops, problem: Problem) -> Array:
     return 1 / ops.where(size > 0, size, 1.0)
 
 
-def _with_residuals(ops: Ops, problem: Problem, A: Any, sides: _Sides, state: _State) -> _State:
+def _with_residuals(ops: Ops, cones: Cones, problem: Problem, sides: _Sides, state: _State) -> _State:
+    A = constraints(ops, cones, problem.A)
     gradient = sides.cost * (matvec_symmetric(problem.P, state.x) + problem.q)
     r_sides = _spread(ops, matvec(A, state.x)) + state.t - sides.h
     r_dual = gradient + matvec(A.mT, _gather(state.z))
@@ -291,12 +293,12 @@ def _longest(ops: Ops, sides: _Sides, state: _State, step: _Step, tau: Array | f
 
 
 def _advance(
-    ops: Ops, problem: Problem, A: Any, sides: _Sides, state: _State, step: _Step, length: Array
+    ops: Ops, cones: Cones, problem: Problem, sides: _Sides, state: _State, step: _Step, length: Array
 ) -> _State:
     """The next iterate and its regularisation; without a finite step the same with more regularisation."""
     x, t, z = (old + length * d for old, d in zip(state[:3], step, strict=True))
     new = state._replace(x=x, t=t, z=z)
-    new = _with_residuals(ops, problem, A, sides, new)
+    new = _with_residuals(ops, cones, problem, sides, new)
     residual = _residual(ops, new)
     # Residuals of this size are rounding: less regularisation would not reduce them.
     rounding = 50 * ops.eps(x) * (1 + _size(ops, t) + _size(ops, z) + _size(ops, sides.h))

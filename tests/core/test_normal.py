@@ -10,7 +10,7 @@ from checks import assert_close
 from optlayers.cones import Cones
 from optlayers.linalg.kkt import Problem
 from optlayers.linalg.normal import cholesky_solve, own_coefficients, reduce, reduce_single
-from optlayers.linalg.products import Compact, compacted, matvec
+from optlayers.linalg.products import Compact, compacted, expanded, matvec
 from optlayers.solvers.scaling import equilibrate
 
 jax = pytest.importorskip("jax")
@@ -60,7 +60,7 @@ def test_products(framework, is_shared, rng):
     cones = Cones(exp=BELOW // 3, paired=PAIRED)
     compact = Compact(ops, cones, compacted(ops, cones, array(A)))
     assert compact.matrix.shape == (*A.shape[:-1], FREE + 1)
-    assert_close(np.asarray(compact.full()), A, 0)
+    assert_close(np.asarray(expanded(ops, cones, compact.matrix)), A, 0)
     for lead in [(BATCH,), (BATCH, 2)]:
         x, y = rng.standard_normal((*lead, n)), rng.standard_normal((*lead, m))
         whole = A if len(lead) == 1 or is_shared else A[:, None]
@@ -85,7 +85,7 @@ def test_equilibration(is_shared, rng):
     *compact, matrix = scaled[PAIRED]
     for a, b in zip(whole, compact, strict=True):
         assert_close(a, b, 1e-13)
-    assert_close(Compact(numpy_ops, cones, matrix).full(), A, 1e-13)
+    assert_close(expanded(numpy_ops, cones, matrix), A, 1e-13)
 
 
 @pytest.mark.parametrize("paired", [0, 2])

@@ -1129,6 +1129,9 @@ def test_remembered_on_the_host(host, monkeypatch):
     assert_close(result, 3 * x)
     x[:] = 0.0
     assert_close(same, [3.0, 2.0, 1.0])
+    for kept in (result, same):
+        with pytest.raises(ValueError, match="read-only"):
+            kept[0] = 0.0
     assert_close(recall(3.0, np.array([3.0, 2.0, 1.0]))[0], [9.0, 6.0, 3.0])
     assert len(calls) == 5
 
