@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 
 from ..cones import Cones
 from ..linalg import normal
-from ..linalg.kkt import Factor, Problem, factorize
+from ..linalg.kkt import Factor, Problem, factorize_at
 from ..linalg.products import batched, compacted
-from ..linalg.rows import flatten, project_linearized, shapes
+from ..linalg.rows import flatten, linearize, project_linearized, shapes
 from ..linalg.sensitivity import Regularity, prepare
 from ..ops import Array, Ops, select
 from ..solvers.admm import ADMM
 from ..solvers.base import RUNNING, Solver, advance, conclude, rounds, run, start, tolerances
 from ..solvers.choice import choose, configure
+from ..solvers.host import Host
 from ..solvers.refinement import Point, smallest_regularization
 from ..solvers.scaling import Scaling, equilibrate
 from ..status import Status, check, is_usable
@@ -157,13 +158,16 @@ class ConicSolve:
             steps = self.solvers[0].refine
             progress = advance(ops, self.cones, problem, scaling, progress, point, steps, self.eps)
         for solver in self.solvers:
+            running = progress.status == RUNNING
+            if isinstance(solver, Host) and not solver.takes(ops, problem, running):
+                continue
 
             def work(data, progress, solver=solver):
                 problem, scaling = Problem(*data[:6]), Scaling(*data[6:])
                 return run(ops, solver, self.cones, problem, scaling, progress, self.eps)
 
             data, ndims = (*problem, *scaling), (*Problem.ndims, *Scaling.ndims)
-            progress = ops.on_rows(progress.status == RUNNING, work, data, ndims, progress)
+            progress = ops.on_rows(running, work, data, ndims, progress)
         best, status, iterations = conclude(ops, progress, self.eps)
         factor, regularity = prepare(ops, self.cones, problem, best.v, self._final_factor(ops, problem, best))
         factor = _repair(ops, factor, ~is_usable(status))
@@ -181,8 +185,12 @@ class ConicSolve:
             (l, u), linearization = problem.bounds, best.factor.linearization
             lower = ops.where(best.v <= l, 1.0, ops.where(best.v >= u, 0.0, linearization.lower))
             return best.factor._replace(linearization=linearization._replace(lower=lower))
+        # Refinement leaves a factor of the point before, but linearized at the final one, unless e = 1.
+        anew = lambda _: linearize(ops, self.cones, problem.bounds, best.v)
+        old = best.factor.linearization
+        linearization = ops.cond(ops.any(best.factor.e >= 1), anew, lambda old: old, old)
         e = ops.full((best.x.shape[0], 1), smallest_regularization(ops, best.x), best.x)
-        return factorize(ops, self.cones, problem, best.v, e)
+        return factorize_at(ops, self.cones, problem, linearization, e)
 
 
 def _repair(ops: Ops, factor: Factor, failed: Array) -> Factor:

@@ -16,10 +16,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..cones import Cones
+from ..linalg import rows
 from ..linalg.kkt import Factor, Problem
 from ..linalg.normal import shapes
 from ..linalg.products import constraints, matvec, matvec_symmetric, norm
-from ..linalg.rows import linearize, recession, support
+from ..linalg.rows import recession, support
 from ..ops import Array, Ops
 from ..status import Status
 from .refinement import Point, refine
@@ -77,9 +78,11 @@ def tolerances(ops: Ops, eps: float, like: Array) -> tuple[float, float, float]:
 def start(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Array, v: Array) -> Progress:
     """No progress yet: the starting point with an infinite residual, and no factor."""
     batch, n = x.shape
-    nothing = [ops.full((batch, *own), 0.0, x) for own in shapes(cones, n)]
-    linearization = linearize(ops, cones, problem.bounds, v)
-    factor = Factor(nothing[0], tuple(nothing[1:]), linearization, ops.full((batch, 1), 1.0, x))
+    zeros = lambda shape: ops.full(shape, 0.0, x)
+    cholesky, *pairs = (zeros((batch, *own)) for own in shapes(cones, n))
+    linearization = [zeros(shape) for shape, _ in rows.shapes(cones, batch, problem.l.shape[-1])]
+    linearization = rows.unflatten(cones, linearization)
+    factor = Factor(cholesky, tuple(pairs), linearization, ops.full((batch, 1), 1.0, x))
     best = Point(x, v, ops.full((batch,), ops.inf, x), factor)
     running = ops.to_int(ops.full((x.shape[0],), RUNNING, x))
     return Progress(best, running, 0 * running)

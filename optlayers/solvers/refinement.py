@@ -18,7 +18,10 @@ from .scaling import Scaling
 
 
 class Point(NamedTuple):
-    """A primal-dual point (B, n), (B, m), its relative residual (B,) and the factor of J there."""
+    """A primal-dual point (B, n), (B, m), its relative residual (B,) and the factor of J.
+
+    That is of the point before, and on curved cones has the linearisation of this one; with e = 1, neither.
+    """
 
     x: Array
     v: Array
@@ -117,6 +120,8 @@ def refine(
         dx, dv = solve_refined(ops, cones, problem.P, A, factor, F)
         x, v = x + dx, v + dv
         F, error, is_resolved, linearization = evaluate(ops, cones, problem, units, x, v)
+        if cones.rows:  # where D is not that of the step even at the solution
+            factor = factor._replace(linearization=linearization)
         # A problem that has reached the target stays as it is, whatever the rest of the batch still needs.
         better = needed & is_resolved & (error < best.residual)
         best = select(ops, better, Point(x, v, error, factor), best)
@@ -129,7 +134,7 @@ def refine(
 
     relative_to = units(ops, problem, scaling)
     F, error, is_resolved, linearization = evaluate(ops, cones, problem, relative_to, *start)
-    # The factor kept is none of this point; e = 1 says so, where it counts (`linalg.sensitivity.prepare`).
+    # The factor kept is none of this point; e = 1 says so.
     better = needs_step(best) & is_resolved & (error < best.residual)
     kept = best.factor._replace(e=ops.where(better[:, None], 1.0, best.factor.e))
     x, v, residual = select(ops, better, (*start, error), best[:3])

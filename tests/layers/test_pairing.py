@@ -145,7 +145,8 @@ def test_solutions_are_those_without_elimination(frontend, build, rng, monkeypat
     results = []
     for fewest in (pairing.FEWEST, 1000):
         monkeypatch.setattr(pairing, "FEWEST", fewest)
-        layer = frontend.CvxpyLayer(problem, parameters, variables[:1], on_failure="mask")
+        # Clarabel, if it may, would find other slacks where they are not unique.
+        layer = frontend.CvxpyLayer(problem, parameters, variables[:1], on_failure="mask", rescue=False)
         solution = layer.solve(*batch)
         assert not frontend.numpy(solution.status).any()
         again = layer.solve(*batch, warm_start=solution)
