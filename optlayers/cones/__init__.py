@@ -6,6 +6,7 @@ semidefinite (scaled half-vectorisation), exponential, power.
 
 from .product import (
     Cones,
+    Groups,
     Linearization,
     dual_margin,
     flatten,
@@ -20,6 +21,7 @@ from .product import (
 
 __all__ = [
     "Cones",
+    "Groups",
     "Linearization",
     "dual_margin",
     "flatten",

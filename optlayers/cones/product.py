@@ -32,6 +32,57 @@ Linearization = tuple[tuple[Array, ...], ...]
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Variables that share rows only within their group of a few, and with those that are in no group.
+
+    All groups of a kind have equally many variables and rows. Variables lie kind by kind, and within one as
+    the first variables of all groups, then the second ones; P has none but diagonal entries of them.
+
+    Attributes:
+        count: number of groups.
+        variables: of each.
+        bounded: for each bounded row of a group, how many rows before the end of the bounded ones those rows
+            of all groups start, one after the other.
+        curved: number of rows of a group in curved cones, and how many rows before the end of all rows they
+            start, group by group.
+
+    Example:
+        >>> from optlayers.cones import Groups
+        >>> Groups(count=3, variables=1, bounded=(6, 3)).slices(k=10, m=10)
+        [slice(4, 7, 1), slice(7, 10, 1)]
+    """
+
+    count: int
+    variables: int
+    bounded: tuple[int, ...]
+    curved: tuple[int, int] = (0, 0)
+
+    def blocks(self, k: int, m: int) -> list[tuple[slice, tuple[int, int], int]]:
+        """The rows, where k of m are bounded, with their numbers as a matrix and the axis of a group's rows.
+
+        These are the shape (rows of a group, groups) and axis 1 of bounded rows, behind a batch axis, and the
+        shape (groups, rows of a group) and axis 2 of those in cones.
+        """
+        blocks, (rows, before) = [], self.curved
+        for first in (k - distance for distance in self.bounded):
+            each = 1
+            if blocks and blocks[-1][0].stop == first:
+                before_it, (each, _), _ = blocks.pop()
+                first, each = before_it.start, each + 1
+            blocks.append((slice(first, first + each * self.count), (each, self.count), 1))
+        if rows:
+            blocks.append((slice(m - before, m - before + rows * self.count), (self.count, rows), 2))
+        return blocks
+
+    def slices(self, k: int, m: int) -> list[slice]:
+        """The i-th rows of all groups for each i, where k of m rows are bounded."""
+        (rows, before), count = self.curved, self.count
+        starts, first = [k - distance for distance in self.bounded], m - before
+        bounded = [slice(start, start + count, 1) for start in starts]
+        return bounded + [slice(first + i, first + rows * count, rows) for i in range(rows)]
+
+
+@dataclass(frozen=True)
 class Cones:
     """The product cone K of a program, block by block in row order.
 
@@ -45,12 +96,8 @@ class Cones:
         pow: exponents of the power cones; a tuple of k positive weights of sum 1 stands for
             {(w, z): prod w_i ** weights_i >= |z|, w >= 0}, k + 1 rows; the three-dimensional cone with
             exponent a is (a, 1 - a).
-        paired: number of variables, the last ones, of which each stands in two of the last nonneg rows, no
-            other of them does, and in no other row, and P has no entries beside their diagonal ones: first
-            come the first rows of all of them, then the second ones. Solvers eliminate such variables.
-            A CvxpyLayer arranges and counts them; `solve_conic` takes none.
-        single: number of variables, before the paired ones, of which each stands in one of the last
-            exponential cones, one after the other, and in no other row; as for P, see above.
+        groups: of the last variables, which solvers eliminate, see `Groups`. A CvxpyLayer arranges and counts
+            them; `solve_conic` takes none.
 
     Example:
         >>> from optlayers.torch import Cones
@@ -64,9 +111,11 @@ class Cones:
     psd: tuple[int, ...] = ()
     exp: int = 0
     pow: tuple[tuple[float, ...], ...] = ()
-    paired: int = 0
-    single: int = 0
+    groups: tuple[Groups, ...] = ()
     rows: int = field(init=False, repr=False, compare=False)
+    local: int = field(init=False, repr=False, compare=False)  # number of variables in groups
+    width: int = field(init=False, repr=False, compare=False)  # the most of a group
+    _owners: dict[int, np.ndarray] = field(init=False, repr=False, compare=False)
     layout: _Layout = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -80,7 +129,25 @@ class Cones:
         )
         # Once per program: a product of thousands of cones must not cost a Python loop at every call.
         object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "local", sum(group.count * group.variables for group in self.groups))
+        object.__setattr__(self, "width", max([0, *(group.variables for group in self.groups)]))
+        object.__setattr__(self, "_owners", {})
         object.__setattr__(self, "layout", _layout(self))
+
+    def owners(self, m: int) -> np.ndarray:
+        """For each of m rows which variable in a group is the first of its group, the second, ... (w, m).
+
+        Those that a row does not have are the first of all.
+        """
+        if m not in self._owners:
+            owners, first = np.zeros((self.width, m), int), 0
+            for group in self.groups:
+                for j in range(group.variables):
+                    for rows in group.slices(m - self.rows, m):
+                        owners[j, rows] = first + np.arange(group.count)
+                    first += group.count
+            self._owners[m] = owners
+        return self._owners[m]
 
 
 class _Block(NamedTuple):

@@ -3,7 +3,8 @@
     minimise 1/2 x'Px + q'x  subject to  A x + s = b,  l <= s <= u on the first k rows, s in K on the rest
 
 with multipliers y of the rows: P x + q + A'y = 0. Shapes: q (n,), b (m,), l and u (k,), P (n, n), A (m, n),
-each shared by the batch, or with a batch axis B in front.
+each shared by the batch, or with a batch axis B in front. Where variables are in groups P and A are compact,
+see `optlayers.linalg.products`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 from ..cones import Cones
 from ..linalg import normal
 from ..linalg.kkt import Factor, Problem, factorize_at
-from ..linalg.products import batched, compacted
+from ..linalg.products import batched, split_hessian
 from ..linalg.rows import flatten, linearize, project_linearized, shapes
 from ..linalg.sensitivity import Regularity, prepare
 from ..ops import Array, Ops, select
@@ -93,7 +94,7 @@ class ConicSolve:
 
     def output_shapes(self, inputs):
         batch = max((s[0] for s, k in zip(inputs, self.input_ndims, strict=False) if len(s) > k), default=1)
-        (m, n), k = inputs[2][-2:], inputs[4][-1]
+        m, n, k = inputs[3][-1], inputs[1][-1], inputs[4][-1]
         floats = lambda *own: [((batch, *shape), "float") for shape in own]
         return (
             floats((n,), (m,), (m,), ())
@@ -105,9 +106,8 @@ class ConicSolve:
     def __call__(self, ops: Ops, *inputs: Array) -> list[Array]:
         outputs = self._solve_fused(ops, inputs)
         if outputs is None:
-            A = inputs[2]
-            n = A.shape[-1] - self.cones.paired
-            size = n * max(n, A.shape[-2] if A.ndim == 3 else 0)
+            (m, n), n_P = inputs[2].shape[-2:], inputs[0].shape[-1]
+            size = n_P * n_P if inputs[2].ndim == 2 else n * max(n_P, m)
             outputs = ops.in_blocks(lambda *part: self._solve(ops, *part), inputs, self.input_ndims, size)
         if self.check:
             residual, status = outputs[3:5]
@@ -117,7 +117,7 @@ class ConicSolve:
     def _solve_fused(self, ops: Ops, inputs: Sequence[Array]) -> list[Array] | None:
         """As `_solve`, where one kernel can solve most of the problems; None where there is none for them."""
         admm, is_warm = self.solvers[0], len(inputs) > len(Problem.ndims)
-        if self.cones.rows or self.cones.paired or is_warm or not (isinstance(admm, ADMM) and admm.fused):
+        if self.cones.rows or self.cones.groups or is_warm or not (isinstance(admm, ADMM) and admm.fused):
             return None
         e = ops.eps(inputs[1]) ** 0.5
         target, accept, _ = tolerances(ops, self.eps, inputs[1])
@@ -137,7 +137,6 @@ class ConicSolve:
         batch = self.output_shapes([tuple(x.shape) for x in (P, q, A, b, l, u, *warm)])[0][0][0]
         q, b, *warm = (ops.broadcast_to(x, (batch, x.shape[-1])) for x in (q, b, *warm))
         l, u = (x[None] if x.ndim == 1 else x for x in (l, u))
-        A = compacted(ops, self.cones, A)
         problem, finite = _replace_non_finite(ops, Problem(P, q, A, b, l, u))
         problem, scaling = equilibrate(ops, self.cones, problem, self.solvers[0].scaling, self.linear)
         if warm:
@@ -175,7 +174,7 @@ class ConicSolve:
         s = project_linearized(ops, self.cones, problem.bounds, factor.linearization, best.v, 0)
         solution = scaling.restore(best.x, s, s - best.v)
         facts = best.residual, status, iterations, *map(ops.to_int, regularity)
-        root = best.x, best.v, D, E, c, factor.e, factor.cholesky, *factor.pairs
+        root = best.x, best.v, D, E, c, factor.e, factor.cholesky, *factor.local
         return [*solution, *facts, *root, *flatten(factor.linearization)]
 
     def _final_factor(self, ops: Ops, problem: Problem, best: Point) -> Factor:
@@ -196,24 +195,24 @@ class ConicSolve:
 def _repair(ops: Ops, factor: Factor, failed: Array) -> Factor:
     """Without a valid factor the derivative is masked: it must not turn into NaN."""
 
-    def repair(cholesky, pairs):
+    def repair(cholesky, local):
         identity = ops.broadcast_to(ops.eye(cholesky.shape[-1], cholesky), cholesky.shape)
-        harmless = identity, tuple(ops.full(x.shape, 0.0, x) for x in pairs)
-        return select(ops, failed, harmless, (cholesky, pairs))
+        harmless = identity, tuple(ops.full(x.shape, 0.0, x) for x in local)
+        return select(ops, failed, harmless, (cholesky, local))
 
-    parts = factor.cholesky, factor.pairs
-    cholesky, pairs = ops.cond(ops.any(failed), repair, lambda *parts: parts, *parts)
-    return factor._replace(cholesky=cholesky, pairs=pairs)
+    parts = factor.cholesky, factor.local
+    cholesky, local = ops.cond(ops.any(failed), repair, lambda *parts: parts, *parts)
+    return factor._replace(cholesky=cholesky, local=local)
 
 
 def _is_convex(ops: Ops, P: Array) -> Array:
     """Whether each P is positive semidefinite, up to the rounding of data computed in float32."""
-    P = batched(P)
+    P, local = split_hessian(batched(P))
     # No entry of such a matrix is larger than the largest one of its diagonal.
-    size = ops.amax(abs(ops.diagonal(P)), -1, keepdims=True)
+    size = ops.amax(abs(ops.concat([ops.diagonal(P), local], -1)), -1, keepdims=True)
     shift = max(1e-6, ops.eps(P) ** 0.5) * ops.where(size > 0, size, 1.0)
     cholesky = ops.cholesky(ops.add_diagonal(1.0 * P, shift))
-    return ops.all(ops.isfinite(ops.diagonal(cholesky)), -1)
+    return ops.all(ops.isfinite(ops.diagonal(cholesky)), -1) & ops.all(local + shift > 0, -1)
 
 
 def _replace_non_finite(ops: Ops, problem: Problem) -> tuple[Problem, Array]:

@@ -12,7 +12,14 @@ from ..cones import Cones
 from ..implicit import attach
 from ..linalg import normal
 from ..linalg.kkt import Factor, Problem
-from ..linalg.products import Scaled, matvec, matvec_symmetric
+from ..linalg.products import (
+    Scaled,
+    constraints,
+    hessian,
+    matvec,
+    matvec_symmetric,
+    spread,
+)
 from ..linalg.rows import Linearization, project_linearized, spectral, unflatten
 from ..linalg.sensitivity import solve_sensitivity
 from ..ops import Array, Ops
@@ -31,7 +38,7 @@ def derived(
     """x, s and y with derivatives in the data up to `order`, where `usable(status)` says so."""
     status, x_unique, y_unique, x, v, D, E, c, e, *factors = constants
     P, q, A, b, l, u = _without(ops, status == Status.NON_FINITE.code, Problem(*data))
-    n, is_derived = q.shape[-1], usable(status)[:, None]
+    n, is_derived, rows = q.shape[-1], usable(status)[:, None], constraints(ops, cones, A)
     singular = is_usable(status) & (x_unique * y_unique == 0)
     linearization = _linearization(cones, n, factors)
     q, b, l, u = (z[None] if z.ndim == 1 else z for z in (q, b, l, u))
@@ -50,8 +57,8 @@ def derived(
 
     def residual(z):
         x, s, y = unscale(z)
-        F1 = c * D * (matvec_symmetric(P, x) + q + matvec(A.mT, y))
-        F = ops.concat([F1, E * (matvec(A, x) + s - b)], -1)
+        F1 = c * D * (matvec_symmetric(hessian(ops, P), x) + q + matvec(rows.mT, y))
+        F = ops.concat([F1, E * (matvec(rows, x) + s - b)], -1)
         return ops.where(is_derived, F, 0.0)
 
     return unscale(attach(ops, residual, inverse, ops.concat([x, v], -1), order))
@@ -91,13 +98,14 @@ def adjoint(
     x, y = D * x, (s - v) * E / c
 
     def at_bound(side):
-        total = ops.where(is_derived, slack + e / E + E / c * matvec(A, a), 0.0)[:, : side.shape[-1]]
+        moved = matvec(constraints(ops, cones, A), a)
+        total = ops.where(is_derived, slack + e / E + E / c * moved, 0.0)[:, : side.shape[-1]]
         return E_bounds * (1 - linearization.free) * side * total
 
     bars = (
-        lambda: _outer(ops, P, (x,), (a,)),
+        lambda: _outer_hessian(ops, P, x, a),
         lambda: a,
-        lambda: _outer(ops, A, (e, y), (x, a)),
+        lambda: _outer_constraints(ops, cones, A, (e, y), (x, a)),
         lambda: -e,
         lambda: at_bound(linearization.lower),
         lambda: at_bound(1 - linearization.lower),
@@ -111,9 +119,8 @@ def _solve(ops, cones, F, transposed, P, A, D, E, c, singular, e, *factors) -> t
     n = F[0].shape[-1]
     count = len(normal.shapes(cones, n))
     factor = Factor(factors[0], tuple(factors[1:count]), _linearization(cones, n, factors), e)
-    return solve_sensitivity(
-        ops, cones, Scaled(c * D, P, D), Scaled(E, A, D), factor, singular, F, transposed
-    )
+    P, A = Scaled(c * D, hessian(ops, P), D), Scaled(E, constraints(ops, cones, A), D)
+    return solve_sensitivity(ops, cones, P, A, factor, singular, F, transposed)
 
 
 def _linearization(cones: Cones, n: int, factors: Sequence[Array]) -> Linearization:
@@ -126,6 +133,31 @@ def _outer(ops: Ops, matrix: Array, left: Sequence[Array], right: Sequence[Array
     is_shared = matrix.ndim == 2 or len(matrix) < len(left[0])
     join = (lambda parts: ops.concat(parts, 0)) if is_shared else (lambda parts: ops.stack(parts, -2))
     return join(left).mT @ join(right)
+
+
+def _outer_hessian(ops: Ops, P: Array, x: Array, a: Array) -> Array:
+    """The cotangent x a' of a compact P."""
+    n, p = P.shape[-1], P.shape[-2] - P.shape[-1]
+    bar = _outer(ops, P, (x[:, :n],), (a[:, :n],))
+    if not p:
+        return bar
+    diagonal = x[:, n:] * a[:, n:]
+    diagonal = ops.sum(diagonal, 0) if bar.ndim == 2 else diagonal
+    rest = ops.full((*diagonal.shape, n - 1), 0.0, x)
+    return ops.concat([bar, ops.concat([diagonal[..., None], rest], -1)], -2)
+
+
+def _outer_constraints(
+    ops: Ops, cones: Cones, A: Array, left: Sequence[Array], right: Sequence[Array]
+) -> Array:
+    """The cotangent of a compact A from a sum of outer products of left (B, m) and right (B, n)."""
+    n = right[0].shape[-1] - cones.local
+    bar = _outer(ops, A, left, [vector[:, :n] for vector in right])
+    if not cones.groups:
+        return bar
+    local = [spread(ops, cones, vector[:, n:], A.shape[-2]) for vector in right]
+    own = sum(x[:, None] * y for x, y in zip(left, local, strict=True)).mT
+    return ops.concat([bar, ops.sum(own, 0) if bar.ndim == 2 else own], -1)
 
 
 def _summed(ops: Ops, bar: Array, like: Array) -> Array:

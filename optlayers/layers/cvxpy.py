@@ -22,7 +22,7 @@ from .assembly import assemble, splits
 from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restore_array, restore_batch
 from .direct import curved_part, polyhedral_bounds
 from .elimination import eliminate, elimination
-from .pairing import arranged
+from .grouping import arranged, compacted
 from .ranges import ranges
 from .sparse import Entries, HostCalls, SparseLayer, can_be_sparse, layer_of_size
 
@@ -228,12 +228,15 @@ class CvxpyProgram:
         start = time.perf_counter()
         self.parameters, self.variables = tuple(parameters), tuple(variables)
         program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
-        self.program = arranged(program, ranges(program))
+        is_exact = choices["gradient"] == "exact"  # other gradients are for whole matrices
+        self.program = arranged(program, ranges(program)) if is_exact else program
         self.ranges = ranges(self.program)
         self.solved = self.program if self.ranges is None else self.ranges.program
         self.pattern = None
         if _is_for_sparse(self.solved) and can_be_sparse(choices["solver"], choices["gradient"]):
             self.solved, self.pattern = entries(self.solved)
+        else:
+            self.solved = compacted(self.solved)
         self.elimination = elimination(self.solved) if self.pattern is None else None
         self._chosen, self._outputs = _chosen(self.program)
         self.solver_args = dict(solver_args or {})
@@ -265,7 +268,7 @@ class CvxpyProgram:
         arguments = self.solver_args | dict(solver_args)
         if self.pattern is not None:
             choices = {key: self._choices[key] for key in ("solver", "order", "on_failure")}
-            cones = replace(cones, paired=0, single=0)  # of which sparse factorisations need not know
+            cones = replace(cones, groups=())  # of which sparse factorisations need not know
             return layer_of_size(self.solved.m, self.solved.n, cones, solver_args=arguments, **choices)
         return conic_layer(cones, linear, convex=self._convex, solver_args=arguments, **self._choices)
 
@@ -356,8 +359,8 @@ class CvxpyProgram:
         counts = {
             field.name: getattr(program.cones, field.name) for field in fields(program.cones) if field.init
         }
-        eliminated = counts.pop("paired") + counts.pop("single")
-        note = f" ({eliminated} eliminated)" if eliminated else ""
+        del counts["groups"]
+        note = f" ({program.cones.local} eliminated)" if program.cones.local else ""
         cones = [f"{k}={v if isinstance(v, int) else len(v)}" for k, v in counts.items() if v]
         entries = f"{len(program.P.positions)} entries of P, {len(program.A.positions)} of A"
         solvers = ", then ".join(type(solver).__name__ for solver in layer.solve.solvers)

@@ -85,8 +85,8 @@ def solve_cone(
     (P, q, A, b), lead = _prepare(ops, ["P", "q", "A", "b"], data, ["nn", "n", "mn", "m"], like)
     if b.shape[-1] != cones.rows:
         raise ValueError(f"the cones have {cones.rows} rows, but A and b have {b.shape[-1]}: {cones}")
-    if cones.paired or cones.single:
-        raise ValueError(f"only a CvxpyLayer counts paired and single variables; leave them 0, got {cones}")
+    if cones.groups:
+        raise ValueError(f"only a CvxpyLayer puts variables in groups; leave them out, got {cones}")
     lower, upper = polyhedral_bounds(ops, cones, q)
     warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
     with batch_axes(lead):

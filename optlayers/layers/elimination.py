@@ -8,6 +8,9 @@ the program in z has fewer variables and rows, and a better condition:
 Multipliers follow from stationarity, y_E = -(A_E^+)'(P x + q + A_I'y_I) + W w. The columns of W span the left
 null space of A_E: where its rows are dependent, W'b_E = 0 stays as rows of zeros, with multipliers w. All is
 written in operations that have derivatives.
+
+Variables in groups (see `optlayers.cones.Groups`) stand in no such row, and stay what they are: P, A, x here
+are of the others, and only joined with what belongs to the groups.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class Elimination:
         basis: N (n, n_z).
         inverse: A_E^+ (n, m_E).
         dependent: W (m_E, m_E - rank); None where the rows are independent.
-        P, A: P_z and A_z; None where they depend on parameters.
+        P, A: those of the program in z; None where they depend on parameters.
         shifts: N'P A_E^+ (n_z, m_E) and A_I A_E^+ (m_I, m_E), what b_E adds to q_z and takes from b_z; None
             where they depend on parameters.
     """
@@ -67,17 +70,18 @@ def elimination(program: Program) -> Elimination | None:
     rows = np.flatnonzero(is_constant)
     if not len(rows):
         return None
-    dense = _dense(program.A)
-    A = dense[rows]
-    size = np.linalg.norm(A, axis=1, keepdims=True)
+    P, A = _dense(program.P), _dense(program.A)
+    n = P.shape[-1]
+    A_E = A[rows, :n]
+    size = np.linalg.norm(A_E, axis=1, keepdims=True)
     size[size == 0] = 1.0
-    # Others stay what they are, and in their places: paired variables are the last ones.
-    used = A.any(0)
-    U, singular, Vt = scipy.linalg.svd(A[:, used] / size)
-    rank = int(np.sum(singular > max(A.shape) * np.finfo(float).eps * singular.max(initial=0.0)))
+    # Others stay what they are, as simple as they were.
+    used = A_E.any(0)
+    U, singular, Vt = scipy.linalg.svd(A_E[:, used] / size)
+    rank = int(np.sum(singular > max(A_E.shape) * np.finfo(float).eps * singular.max(initial=0.0)))
     if rank == 0 or rank == n or singular[rank - 1] < singular[0] / LARGEST_CONDITION:
         return None
-    inverse = np.zeros(A.shape[::-1])
+    inverse = np.zeros(A_E.shape[::-1])
     inverse[used] = (Vt[:rank].T / singular[:rank]) @ U[:, :rank].T / size.T
     kept = np.flatnonzero(~is_constant)
     bounded = kept[kept < program.cones.zero + program.cones.nonneg]
@@ -86,13 +90,13 @@ def elimination(program: Program) -> Elimination | None:
     basis = np.zeros((n, n - rank))
     basis[used, : used.sum() - rank] = Vt[rank:].T
     basis[~used, used.sum() - rank :] = np.eye(n - used.sum())
-    P_z = None if len(program.P.rows) else _reduced_P(numpy, _dense(program.P), basis)
-    A_z = None if len(program.A.rows) else _reduced_A(numpy, dense[kept], basis)
+    P_z = None if len(program.P.rows) else _reduced_P(numpy, P, basis)
+    A_z = None if len(program.A.rows) else _reduced_A(numpy, A[kept], basis)
     shifts = None
     if P_z is not None and A_z is not None:
         shifts = tuple(
             _exact(numpy, rows @ inverse, _size(numpy, rows) * _size(numpy, inverse.T).T)
-            for rows in (basis.T @ _dense(program.P), dense[kept])
+            for rows in (basis.T @ P[:n], A[kept, :n])
         )
     return Elimination(rows, kept, bounded, order, basis, inverse, dependent, P_z, A_z, shifts)
 
@@ -114,13 +118,14 @@ def eliminate(
     A may be None where there are `shifts`.
     """
     P, q, A, b, l, u = data
-    N = ops.constant(plan.basis, q)
+    N, n = ops.constant(plan.basis, q), len(plan.basis)
     W, k = None, 0
     if plan.dependent is not None:
         W, k = ops.constant(plan.dependent, q), plan.dependent.shape[-1]
     zeros = lambda *shape: ops.full(shape, 0.0, q)
     pick = lambda vector, rows: ops.take(vector, ops.constant(rows, q)) if len(rows) else vector[..., :0]
     own = lambda vector: vector[None] if vector.ndim == 1 else vector
+    q_x, q_e = own(q)[:, :n], own(q)[:, n:]
     b_E, b_I = own(pick(b, plan.rows)), own(pick(b, plan.kept))
     A_I = lambda: pick(A.mT, plan.kept).mT
     # NaN is told by q_z; as a factor it would reach the derivatives of what the batch shares.
@@ -128,12 +133,13 @@ def eliminate(
     b_E = ops.where(finite, b_E, 0.0)
     if plan.shifts is None:
         x_0 = b_E @ ops.constant(plan.inverse, q).mT
-        gradient, shift = own(q) + matvec(P, x_0), matvec(A_I(), x_0)
-        q_z = _exact(ops, gradient @ N, _size(ops, own(q)) + _size(ops, gradient))
+        gradient, shift = q_x + matvec(P[..., :n, :], x_0), matvec(A_I()[..., :n], x_0)
+        q_z = _exact(ops, gradient @ N, _size(ops, q_x) + _size(ops, gradient))
     else:
         gradient, shift = (b_E @ ops.constant(part, q).mT for part in plan.shifts)
-        q_z = _exact(ops, own(q) @ N + gradient, _size(ops, own(q)) + _size(ops, gradient))
+        q_z = _exact(ops, q_x @ N + gradient, _size(ops, q_x) + _size(ops, gradient))
     q_z = ops.where(ops.all(finite, -1)[:, None], q_z, ops.nan)
+    q_z = _joined(ops, q_z, q_e)
     b_z = _exact(ops, b_I - shift, abs(b_I) + abs(shift))
     A_z = _reduced_A(ops, A_I(), N) if plan.A is None else ops.constant(plan.A, q)
     P_z = _reduced_P(ops, P, N) if plan.P is None else ops.constant(plan.P, q)
@@ -142,7 +148,7 @@ def eliminate(
         b_W = _exact(ops, b_E @ W, _size(ops, b_E) * _size(ops, W.mT).mT)
         batch = max(b_W.shape[0], b_z.shape[0])
         b_z = ops.concat([ops.broadcast_to(part, (batch, part.shape[-1])) for part in (b_W, b_z)], -1)
-        A_z = ops.concat([zeros(*A_z.shape[:-2], k, N.shape[-1]), A_z], -2)
+        A_z = ops.concat([zeros(*A_z.shape[:-2], k, A_z.shape[-1]), A_z], -2)
         bounds = [ops.concat([zeros(k), bound], -1) for bound in bounds]
     if b.ndim == 1:
         b_z = b_z[0] if A_z.ndim == 2 else b_z
@@ -151,31 +157,45 @@ def eliminate(
 
     def restore(solution: ConicSolution, derived: Array, chosen: np.ndarray | None) -> ConicSolution:
         mask = lambda value: ops.where(derived[:, None], value, ops.stop_gradient(value))
+        chosen_x, chosen_e = (None, None) if chosen is None else (chosen[chosen < n], chosen[chosen >= n] - n)
         N, inverse = (
-            ops.constant(part if chosen is None else part[chosen], q) for part in (plan.basis, plan.inverse)
+            ops.constant(part if chosen is None else part[chosen_x], q) for part in (plan.basis, plan.inverse)
         )
-        x = solution.x @ N.mT + mask(0 * solution.x[:, :1] + b_E @ inverse.mT)
+        z, e = solution.x[:, : N.shape[-1]], solution.x[:, N.shape[-1] :]
+        x = z @ N.mT + mask(0 * z[:, :1] + b_E @ inverse.mT)
         if chosen is not None:
-            return solution._replace(x=x)
+            return solution._replace(x=_joined(ops, x, pick(e, chosen_e)))
         w, y = solution.y[:, :k], solution.y[:, k:]
-        y_E = -(matvec(P, x) + own(q) + matvec(A_I().mT, y)) @ inverse
+        y_E = -(matvec(P[..., :n, :], x) + q_x + matvec(A_I()[..., :n].mT, y)) @ inverse
         y_E = mask(y_E if W is None else y_E + w @ W.mT)
         s, y = (pick(ops.concat(parts, -1), plan.order) for parts in ((0 * y_E, solution.s[:, k:]), (y_E, y)))
-        return solution._replace(x=x, s=s, y=y)
+        return solution._replace(x=_joined(ops, x, e), s=s, y=y)
 
     if warm:
         x, s, y = warm
         s, y = (ops.concat([zeros(*z.shape[:-1], k), pick(z, plan.kept)], -1) for z in (s, y))
-        warm = [x @ N, s, y]
+        warm = [_joined(ops, x[..., :n] @ N, x[..., n:]), s, y]
     return reduced, list(warm), restore
 
 
+def _joined(ops: Ops, x: Array, e: Array) -> Array:
+    """Of one batch, x (B, n) and e (B, p), of which one may be shared."""
+    if not e.shape[-1]:
+        return x
+    shape = max(x.shape[:-1], e.shape[:-1])
+    return ops.concat([ops.broadcast_to(part, (*shape, part.shape[-1])) for part in (x, e)], -1)
+
+
 def _reduced_A(ops: Ops, A_I: Array, N: Array) -> Array:
-    return _exact(ops, A_I @ N, _size(ops, A_I))
+    rows, own = A_I[..., : N.shape[0]], A_I[..., N.shape[0] :]
+    reduced = _exact(ops, rows @ N, _size(ops, rows))
+    return ops.concat([reduced, own], -1) if own.shape[-1] else reduced
 
 
 def _reduced_P(ops: Ops, P: Array, N: Array) -> Array:
-    return _exact(ops, N.mT @ (P @ N), ops.amax(_size(ops, P), -2, keepdims=True))
+    P, diagonal = P[..., : N.shape[0], :], P[..., N.shape[0] :, : N.shape[1]]
+    reduced = _exact(ops, N.mT @ (P @ N), ops.amax(_size(ops, P), -2, keepdims=True))
+    return ops.concat([reduced, diagonal], -2) if diagonal.shape[-2] else reduced
 
 
 def _size(ops: Ops, x: Array) -> Array:

@@ -75,9 +75,12 @@ def ranges(program: Program) -> Ranges | None:
         return None
     kept = np.flatnonzero(~taken)
     width = (constants + np.append(constants, np.inf)[partner])[kept]
+    end = cones.zero + cones.nonneg
+    behind = lambda distance: int((~taken[end - distance : end]).sum())
+    groups = [replace(group, bounded=tuple(map(behind, group.bounded))) for group in cones.groups]
     merged = replace(
         program,
-        cones=replace(cones, nonneg=cones.nonneg - int(taken.sum())),
+        cones=replace(cones, nonneg=cones.nonneg - int(taken.sum()), groups=tuple(groups)),
         A=_with_rows(program.A, kept, n),
         b=_with_rows(program.b, kept, 1),
     )

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from ..cones import Cones
 from ..ops import Array, Ops
-from .normal import cholesky_solve, own_coefficients, reduce, reduce_single
+from .normal import cholesky_solve, reduce
 from .products import batched, matvec, matvec_symmetric
 from .rows import curved_half, linearize, spectral
 
@@ -32,7 +32,7 @@ class Problem(NamedTuple):
     """minimise 1/2 x'Px + q'x subject to A x + s = b, l <= s <= u on the first k rows, s in K on the rest.
 
     q (B, n), b (B, m), l and u (B, k), of which entries beside curved cones are 0 or infinite; see
-    `optlayers.linalg.rows`. In solvers, A is as `optlayers.linalg.products.compacted` gives it.
+    `optlayers.linalg.rows`. With variables in groups P and A are compact, see `optlayers.linalg.products`.
     """
 
     P: Array
@@ -53,13 +53,13 @@ class Factor(NamedTuple):
     """A factorised regularised Jacobian.
 
     Attributes:
-        cholesky, pairs: of P + r I + A' T A, see `optlayers.linalg.normal`.
+        cholesky, local: of P + r I + A' T A, see `optlayers.linalg.normal`.
         linearization: spectral data of D, see `optlayers.cones`.
         e: the regularisation in T (B, 1).
     """
 
     cholesky: Array
-    pairs: tuple[Array, ...]
+    local: tuple[Array, ...]
     linearization: Any
     e: Array
 
@@ -72,21 +72,17 @@ def factorize(ops: Ops, cones: Cones, problem: Problem, v: Array, e: Array) -> F
 def factorize_at(ops: Ops, cones: Cones, problem: Problem, linearization: Any, e: Array) -> Factor:
     """As `factorize`, for given spectral data of D."""
     weigh, k = lambda d: (1 - d) / (d + e), linearization.free.shape[-1]
-    P, A = problem.P, problem.A
-    p, n = cones.paired, P.shape[-1] - cones.paired - cones.single
-    matrix, _, pairs = reduce(ops, p, n, P, A[..., :k, :], weigh(linearization.free), e, k)
+    half = None
     if cones.rows:
-        curved = own_coefficients(ops, cones, batched(A[..., k:, :]))
-        half = curved_half(ops, cones, linearization, weigh, curved)
-        half, pairs = reduce_single(ops, cones, P, half, e, pairs)
-        matrix = matrix + half.mT @ half
-    return Factor(ops.cholesky(ops.add_diagonal(matrix, e)), pairs, linearization, e)
+        half = curved_half(ops, cones, linearization, weigh, batched(problem.A[..., k:, :]))
+    matrix, local = reduce(ops, cones, problem.P, problem.A, weigh(linearization.free), e, half)
+    return Factor(ops.cholesky(ops.add_diagonal(matrix, e)), local, linearization, e)
 
 
 def inverse(ops: Ops, cones: Cones, A: Any, factor: Factor, transposed: bool = False) -> Callable:
     """The map from F to (dx, dv) with J (dx, dv) = -F up to the regularisation, or the transpose of it."""
     weigh = spectral(ops, cones, factor.linearization, lambda d: (1 - d) / (d + factor.e))
-    invert = lambda r: cholesky_solve(ops, factor.cholesky, factor.pairs, r[:, None])[:, 0]
+    invert = lambda r: cholesky_solve(ops, cones, factor.cholesky, factor.local, r[:, None])[:, 0]
 
     def solve(F):
         if transposed:

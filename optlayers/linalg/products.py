@@ -1,14 +1,20 @@
 """Matrices that are shared by a batch or not, scaled or with parts that are zero, and their products.
 
 Shapes: x (B, n), or (B, k, n) for k vectors a problem; a matrix (m, n) or (1, m, n), shared by the batch, or
-(B, m, n).
+(B, m, n). The last p of n variables may be in groups of at most w (see `optlayers.cones.Groups`). Then A is
+compact, (m, n - p + w): behind the columns of the others it has for each row its coefficients of the first
+variable of its group, of the second, and so on, zero where there is none. And P is (n, n - p): of the
+variables in groups it has the diagonal, in its first column.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..cones import Cones
+import numpy as np
+
+from ..cones import Cones, Groups
 from ..ops import Array, Ops
 
 
@@ -16,7 +22,7 @@ class Scaled(NamedTuple):
     """The matrix diag(left) M diag(right), never formed; left (B, m), right (B, n)."""
 
     left: Array
-    matrix: Array
+    matrix: Any
     right: Array
 
     @property
@@ -27,67 +33,117 @@ class Scaled(NamedTuple):
         return self.left * matvec(self.matrix, self.right * x)
 
 
-class Compact(NamedTuple):
-    """The matrix A of a program whose paired variables (see `Cones`) have one column in all.
+class Hessian(NamedTuple):
+    """A compact P for products."""
 
-    Attributes:
-        matrix: the columns of the other variables, and one with the coefficients in the rows of the pairs.
-    """
+    ops: Ops
+    matrix: Array
+
+    @property
+    def mT(self) -> Hessian:
+        return self
+
+    def times(self, x: Array) -> Array:
+        P, diagonal = split_hessian(self.matrix)
+        n = P.shape[-1]
+        diagonal = diagonal[:, None] if x.ndim == 3 else diagonal
+        return self.ops.concat([matvec_symmetric(P, x[..., :n]), diagonal * x[..., n:]], -1)
+
+
+class Constraints(NamedTuple):
+    """A compact A for products: the columns of variables in no group, and the others as rows (B, w, m)."""
 
     ops: Ops
     cones: Cones
-    matrix: Array
+    main: Array
+    own: Array
     is_transposed: bool = False
 
     @property
-    def mT(self) -> Compact:
+    def mT(self) -> Constraints:
         return self._replace(is_transposed=not self.is_transposed)
 
     def times(self, x: Array) -> Array:
-        p, rows = self.cones.paired, _pairs(self.cones, self.matrix)
-        main, own = self.matrix[..., :-1], batched(self.matrix)[..., -1]
-        own = own[:, None] if x.ndim == 3 else own
+        ops, cones, main = self.ops, self.cones, self.main
+        own = self.own[:, None] if x.ndim == 3 else self.own
         if self.is_transposed:
-            forces = own[..., rows] * x[..., rows]
-            return self.ops.concat([matvec(main.mT, x), forces[..., :p] + forces[..., p:]], -1)
-        zeros = lambda count: self.ops.full((*x.shape[:-1], count), 0.0, x)
-        e, behind = x[..., -p:], own.shape[-1] - rows.stop
-        return matvec(main, x[..., :-p]) + own * self.ops.concat([zeros(rows.start), e, e, zeros(behind)], -1)
+            forces = collect(ops, cones, own * x[..., None, :])
+            return ops.concat([matvec(main.mT, x), forces], -1)
+        m, n = main.shape[-2:]
+        return matvec(main, x[..., :n]) + followed(ops, own, spread(ops, cones, x[..., n:], m))
 
 
-def compacted(ops: Ops, cones: Cones, A: Array) -> Array:
-    """The array of `Compact` for A; A itself where no variables are paired."""
-    p = cones.paired
-    if not p:
-        return A
-    rows = _pairs(cones, A)
-    first, second = (slice(start, start + p) for start in (rows.start, rows.start + p))
-    own = [ops.diagonal(A[..., part, -p:])[..., None] for part in (first, second)]
-    own = [0 * A[..., : rows.start, :1], *own, 0 * A[..., rows.stop :, :1]]
-    return ops.concat([A[..., :-p], ops.concat(own, -2)], -1)
-
-
-def expanded(ops: Ops, cones: Cones, A: Array) -> Array:
-    """The matrix that `compacted` was given."""
-    if not cones.paired:
-        return A
-    eye, own, rows = ops.eye(cones.paired, A), A[..., -1:], _pairs(cones, A)
-    eye = eye if A.ndim == 2 else eye[None]
-    nothing = 0 * eye[..., :1, :]
-    parts = own[..., : rows.start, :] * nothing, own[..., rows, :] * ops.concat([eye, eye], -2)
-    columns = ops.concat([*parts, own[..., rows.stop :, :] * nothing], -2)
-    return ops.concat([A[..., :-1], columns], -1)
+def hessian(ops: Ops, P: Array) -> Any:
+    """P for products."""
+    return P if P.shape[-1] == P.shape[-2] else Hessian(ops, P)
 
 
 def constraints(ops: Ops, cones: Cones, A: Array) -> Any:
-    """What `compacted` has made of a matrix, for products."""
-    return Compact(ops, cones, A) if cones.paired else A
+    """A for products."""
+    if not cones.groups:
+        return A
+    return Constraints(ops, cones, A[..., : A.shape[-1] - cones.width], own_rows(cones, A))
 
 
-def _pairs(cones: Cones, A: Array) -> slice:
-    """The rows that paired variables stand in: the last before curved cones."""
-    k = A.shape[-2] - cones.rows
-    return slice(k - 2 * cones.paired, k)
+def split_hessian(P: Array) -> tuple[Array, Array]:
+    """P of the variables in no group, and its diagonal (B, p) for the others."""
+    n = P.shape[-1]
+    return P[..., :n, :], batched(P)[..., n:, 0]
+
+
+def own_rows(cones: Cones, A: Array) -> Array:
+    """The coefficients (B, w, m) in a compact A of the first variables of groups, the second ones, ..."""
+    return batched(A)[..., A.shape[-1] - cones.width :].mT
+
+
+def variables(cones: Cones, n: int = 0) -> Iterator[tuple[Groups, list[slice]]]:
+    """Each kind of groups, and where its first variables lie, its second ones and so on, from n on."""
+    for group in cones.groups:
+        starts = range(n, n + group.count * group.variables, group.count)
+        yield group, [slice(start, start + group.count) for start in starts]
+        n += group.count * group.variables
+
+
+def spread(ops: Ops, cones: Cones, x: Array, m: int) -> Array:
+    """What each of m rows has as the first variable of its group, the second and so on, of x (..., p).
+
+    That is (..., w, m), with the first entry of x in the place of what a row does not have.
+    """
+    owners = ops.constant(cones.owners(m).ravel(), x)
+    return ops.reshape(ops.take(x, owners), (*x.shape[:-1], cones.width, m))
+
+
+def followed(ops: Ops, own: Array, x: Array) -> Array:
+    """The product (..., m) of coefficients with what `spread` makes of variables in groups."""
+    return own[..., 0, :] * x[..., 0, :] if x.shape[-2] == 1 else ops.sum(own * x, -2)
+
+
+def collect(ops: Ops, cones: Cones, forces: Array) -> Array:
+    """The transpose of `spread` on rows that have such variables: (..., p) of (..., w, m)."""
+    parts, lead, m = [], forces.shape[:-2], forces.shape[-1]
+    for group in cones.groups:
+        k, total = group.variables, 0.0
+        for rows, shape, axis in group.blocks(m - cones.rows, m):
+            part = ops.reshape(forces[..., :k, rows], (*lead, k, *shape))
+            total = total + ops.sum(part, axis - 3)
+        parts.append(ops.reshape(total, (*lead, -1)))
+    return ops.concat(parts, -1)
+
+
+def whole(ops: Ops, cones: Cones, P: Array, A: Array) -> tuple[Array, Array]:
+    """Compact P and A as matrices (..., n, n) and (..., m, n)."""
+    if not cones.groups:
+        return P, A
+    n, m = A.shape[-1] - cones.width, A.shape[-2]
+    lift = lambda matrix, like: (
+        ops.constant(matrix, like)[None] if like.ndim == 3 else ops.constant(matrix, like)
+    )
+    placed = (cones.owners(m)[..., None] == np.arange(cones.local)) * 1.0
+    own = [A[..., n + j : n + j + 1] * lift(place, A) for j, place in enumerate(placed)]
+    main, rest = P[..., :n, :], P[..., n:, :]
+    diagonal = rest[..., :1] * lift(np.eye(cones.local), P)
+    P = ops.concat([ops.concat([main, 0 * rest.mT], -1), ops.concat([0 * rest, diagonal], -1)], -2)
+    return P, ops.concat([A[..., :n], sum(own[1:], own[0])], -1)
 
 
 def batched(matrix: Array) -> Array:
@@ -97,7 +153,7 @@ def batched(matrix: Array) -> Array:
 
 def matvec(matrix: Any, x: Array) -> Array:
     """The product with each vector."""
-    if isinstance(matrix, (Scaled, Compact)):
+    if isinstance(matrix, (Scaled, Hessian, Constraints)):
         return matrix.times(x)
     if x.ndim == 3:
         return x @ matrix.mT

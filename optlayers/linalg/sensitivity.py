@@ -16,7 +16,7 @@ import numpy as np
 from ..cones import Cones
 from ..ops import Array, Ops, select
 from .kkt import Factor, Problem, apply, factorize, inverse, solve_refined
-from .products import constraints, norm
+from .products import constraints, hessian, norm
 from .rows import spectral
 
 # Power of the rounding unit: M J M amplifies rounding by 1 / e twice, and its bias is of order e^3.
@@ -51,9 +51,9 @@ def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[Ar
     z0 = np.random.default_rng(0).standard_normal(n + m)
     z0 = ops.broadcast_to(ops.constant(z0, problem.q), (batch, n + m))
     dx, dv = z0[:, :n], z0[:, n:]
-    A = constraints(ops, cones, problem.A)
-    r = apply(ops, cones, problem.P, A, factor.linearization, dx, dv)
-    x, v = solve_refined(ops, cones, problem.P, A, factor, r)
+    P, A = hessian(ops, problem.P), constraints(ops, cones, problem.A)
+    r = apply(ops, cones, P, A, factor.linearization, dx, dv)
+    x, v = solve_refined(ops, cones, P, A, factor, r)
     dy = spectral(ops, cones, factor.linearization, lambda d: 1 - d)  # of dv, with the other sign
     return norm(ops, x + dx), norm(ops, dy(v + dv))
 

@@ -18,8 +18,19 @@ from typing import NamedTuple
 
 from ..cones import Cones
 from ..linalg.kkt import Problem
-from ..linalg.normal import reduce, solve_reduced
-from ..linalg.products import batched, constraints, expanded, matvec, matvec_symmetric, norm
+from ..linalg.normal import reduce, solve_local, solve_reduced, substitute
+from ..linalg.products import (
+    collect,
+    constraints,
+    followed,
+    hessian,
+    matvec,
+    matvec_symmetric,
+    norm,
+    own_rows,
+    spread,
+    whole,
+)
 from ..linalg.rows import project
 from ..ops import Array, Ops
 from .base import Direction
@@ -30,23 +41,25 @@ class _Factor(NamedTuple):
 
     values (1, n), V (B, n, n) and U = A V (B, m, n), of which the batch shares one where it shares P, A and
     the ratios of the penalties: V then diagonalises for every rho. Else the values are zero, V V' is the
-    inverse of what the elimination of p paired variables leaves of M, with n - p in place of n, U = H V (see
-    `optlayers.linalg.normal`), and without such variables there is U U' (B, m, m) unless that is larger than
-    V and U.
+    inverse of what the elimination of p variables in groups leaves of M, with n - p in place of n, U the rows
+    that are left of A times V (see `optlayers.linalg.normal`), and without groups there is U U' (B, m, m)
+    unless that is larger than V and U.
     """
 
     values: Array
     V: Array
     U: Array
     UUt: tuple[Array, ...]
-    pairs: tuple[Array, ...]
+    local: tuple[Array, ...]
 
-    def solve(self, ops: Ops, rho: Array, r: Array) -> Array:
+    def solve(self, ops: Ops, cones: Cones, rho: Array, r: Array) -> Array:
         """M^-1 r for r (B, n)."""
         invert = lambda r: matvec(self.V, matvec(self.V.mT, r) / (1 + rho * self.values))
-        if not self.pairs:
+        if not self.local:
             return invert(r)
-        return solve_reduced(ops, self.pairs, lambda rows: invert(rows[:, 0])[:, None], r[:, None])[:, 0]
+        return solve_reduced(ops, cones, self.local, lambda rows: invert(rows[:, 0])[:, None], r[:, None])[
+            :, 0
+        ]
 
 
 class _AdmmState(NamedTuple):
@@ -103,7 +116,7 @@ class ADMM:
         if not ops.holds(ops.all(state.dx == 0)):  # before the first chunk there is nothing to balance
             state = self._adapt(ops, cones, problem, state)
         R, factor = self._penalties(ops, problem, state.rho), state.factor
-        solve = lambda force: factor.solve(ops, state.rho, self.sigma * state.x - problem.q + force)
+        solve = lambda force: factor.solve(ops, cones, state.rho, self.sigma * state.x - problem.q + force)
         response, weights = _response(ops, cones, problem, state), self.alpha * R
         A = constraints(ops, cones, problem.A)
         constant = self.alpha * (problem.b - matvec(A, solve(matvec(A.mT, R * problem.b))))
@@ -135,7 +148,7 @@ class ADMM:
         s, y = state.s, self._penalties(ops, problem, state.rho) * (state.s - state.w)
         A = constraints(ops, cones, problem.A)
         Ax, Aty = matvec(A, state.x), matvec(A.mT, y)
-        Px = matvec_symmetric(problem.P, state.x)
+        Px = matvec_symmetric(hessian(ops, problem.P), state.x)
         largest = lambda *arrays: sum_of_norms(ops, arrays)
         primal = norm(ops, Ax + s - problem.b) / largest(Ax, s, problem.b)
         dual = norm(ops, Px + problem.q + Aty) / largest(Px, problem.q, Aty)
@@ -166,12 +179,15 @@ class ADMM:
             R = self._penalties(ops, problem, ops.full((1, 1), 1.0, rho))
             return ops.remembered(_diagonalize, (ops, self.sigma, cones), problem.P, problem.A, R)
         R = self._penalties(ops, problem, rho)
-        n, k = problem.P.shape[-1] - cones.paired, problem.l.shape[-1]
-        matrix, H, pairs = reduce(ops, cones.paired, n, problem.P, problem.A, R, self.sigma, k)
+        A, n = problem.A, problem.P.shape[-1]
+        matrix, local = reduce(ops, cones, problem.P, A, R, self.sigma)
         V = _inverse_root(ops, matrix, self.sigma)
-        U = H @ V
-        is_small = U.shape[-2] <= 2 * n and not pairs
-        return _Factor(ops.full((1, n), 0.0, rho), V, U, (U @ U.mT,) if is_small else (), pairs)
+        U = A[..., :n] @ V
+        if not local:
+            return _Factor(ops.full((1, n), 0.0, rho), V, U, (U @ U.mT,) if U.shape[-2] <= 2 * n else (), ())
+        moved = spread(ops, cones, substitute(ops, cones, local, (local[0] @ V).mT), A.shape[-2])
+        U = U - followed(ops, own_rows(cones, A)[:, None], moved).mT
+        return _Factor(ops.full((1, n), 0.0, rho), V, U, (), local)
 
 
 def _inverse_root(ops: Ops, matrix: Array, sigma: float) -> Array:
@@ -180,7 +196,7 @@ def _inverse_root(ops: Ops, matrix: Array, sigma: float) -> Array:
 
 
 def _diagonalize(ops: Ops, sigma: float, cones: Cones, P: Array, A: Array, R: Array) -> _Factor:
-    A = expanded(ops, cones, A)
+    P, A = whole(ops, cones, P, A)
     V = _inverse_root(ops, 1.0 * P, sigma)
     half = A @ V
     values, Q = ops.eigh(half.mT @ (R[0][:, None] * half))
@@ -190,20 +206,18 @@ def _diagonalize(ops: Ops, sigma: float, cones: Cones, P: Array, A: Array, R: Ar
 
 def _response(ops: Ops, cones: Cones, problem: Problem, state: _AdmmState) -> Callable[[Array], Array]:
     """A M^-1 A': what x adds to the rows under a force on them, as a map of forces (B, m)."""
-    values, _, U, UUt, pairs = state.factor
-    inverse, k, p = 1 / (1 + state.rho * values), problem.l.shape[-1], cones.paired
+    values, _, U, UUt, local = state.factor
+    inverse = 1 / (1 + state.rho * values)
     if UUt:
         return lambda r: matvec_symmetric(*UUt, r)
-    if not pairs:
+    if not local:
         return lambda r: matvec(U, inverse * matvec(U.mT, r))
-    a = ops.reshape(batched(problem.A)[:, k - 2 * p : k, -1], (-1, 2, p))
-    weights = a * pairs[1][:, None]
+    own = 1.0 * own_rows(cones, problem.A)  # in one piece
 
     def response(r):
-        forces = ops.reshape(r[:, k - 2 * p : k], (-1, 2, p))
-        own = ops.reshape(weights * ops.sum(a * forces, -2, keepdims=True), (-1, 2 * p))
-        own = ops.concat([0 * r[:, : k - 2 * p], own, 0 * r[:, k:]], -1)
-        return matvec(U, matvec(U.mT, r)) + own
+        forces = collect(ops, cones, own * r[:, None])
+        moved = spread(ops, cones, solve_local(ops, cones, local, forces), r.shape[-1])
+        return matvec(U, matvec(U.mT, r)) + followed(ops, own, moved)
 
     return response
 

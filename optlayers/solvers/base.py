@@ -19,7 +19,7 @@ from ..cones import Cones
 from ..linalg import rows
 from ..linalg.kkt import Factor, Problem
 from ..linalg.normal import shapes
-from ..linalg.products import constraints, matvec, matvec_symmetric, norm
+from ..linalg.products import constraints, hessian, matvec, matvec_symmetric, norm
 from ..linalg.rows import recession, support
 from ..ops import Array, Ops
 from ..status import Status
@@ -79,10 +79,10 @@ def start(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Array, 
     """No progress yet: the starting point with an infinite residual, and no factor."""
     batch, n = x.shape
     zeros = lambda shape: ops.full(shape, 0.0, x)
-    cholesky, *pairs = (zeros((batch, *own)) for own in shapes(cones, n))
+    cholesky, *local = (zeros((batch, *own)) for own in shapes(cones, n))
     linearization = [zeros(shape) for shape, _ in rows.shapes(cones, batch, problem.l.shape[-1])]
     linearization = rows.unflatten(cones, linearization)
-    factor = Factor(cholesky, tuple(pairs), linearization, ops.full((batch, 1), 1.0, x))
+    factor = Factor(cholesky, tuple(local), linearization, ops.full((batch, 1), 1.0, x))
     best = Point(x, v, ops.full((batch,), ops.inf, x), factor)
     running = ops.to_int(ops.full((x.shape[0],), RUNNING, x))
     return Progress(best, running, 0 * running)
@@ -166,7 +166,7 @@ def certify(ops: Ops, cones: Cones, problem: Problem, direction: Direction, eps:
     tiny = ops.eps(dx)
     A = constraints(ops, cones, problem.A)
     Aty, Ax = matvec(A.mT, dy), matvec(A, dx)
-    Px = matvec_symmetric(problem.P, dx)
+    Px = matvec_symmetric(hessian(ops, problem.P), dx)
     least, outside = support(ops, cones, problem.bounds, dy)
     primal = (
         (y_size > tiny)

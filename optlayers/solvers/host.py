@@ -18,7 +18,7 @@ import scipy.sparse as sp
 
 from ..cones import Cones
 from ..linalg.kkt import Problem
-from ..linalg.products import constraints, expanded, matvec
+from ..linalg.products import constraints, matvec
 from ..linalg.rows import project
 from ..ops import Array, Ops
 from .base import Direction
@@ -93,7 +93,6 @@ class Host:
     def step(self, ops: Ops, cones: Cones, problem: Problem, state: _HostState) -> _HostState:
         solve = partial(_solve_batch, self._solve, cones)
         shapes = [state.x.shape, state.y.shape, state.x.shape, state.y.shape]
-        problem = problem._replace(A=expanded(ops, cones, problem.A))
         x, y, dx, dy = ops.call_host(solve, shapes, state.active, *problem)
         return _HostState(x, y, dx, dy, state.active)
 
@@ -142,6 +141,8 @@ def _solve_batch(solve: Callable, cones: Cones, active: np.ndarray, *problem: np
 
 def _program(cones: Cones, P, q, A, b, l, u) -> _Program:
     """Bounded rows l <= s <= u become equalities and up to two inequalities each; P and A dense or sparse."""
+    if cones.groups:
+        P, A = _whole(cones, P, A)
     k, m = l.shape[0], b.shape[0]
     equal = np.flatnonzero(l == u)
     lower = np.flatnonzero(np.isfinite(l) & (l != u))
@@ -157,6 +158,16 @@ def _program(cones: Cones, P, q, A, b, l, u) -> _Program:
         triangle, G = _compressed(np.triu(P)), _compressed(A[source])
     G.data *= sign[G.indices]
     return _Program(triangle, q, G, h, equal.size, lower.size + upper.size, cones, m, source, sign)
+
+
+def _whole(cones: Cones, P: np.ndarray, A: np.ndarray) -> tuple[sp.coo_array, sp.coo_array]:
+    """Compact P and A, see `optlayers.linalg.products`, as sparse matrices."""
+    n, shape = P.shape[-1], (len(A), len(P))
+    columns = np.hstack([np.broadcast_to(np.arange(n), (len(A), n)), n + cones.owners(len(A)).T])
+    rows, places = np.nonzero(A)
+    A = sp.coo_array((A[rows, places], (rows, columns[rows, places])), shape)
+    rows, places = np.nonzero(P)
+    return sp.coo_array((P[rows, places], (rows, np.where(rows < n, places, rows))), P.shape[:1] * 2), A
 
 
 def _compressed(matrix: np.ndarray) -> sp.csc_array:

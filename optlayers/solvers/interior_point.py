@@ -27,7 +27,7 @@ from typing import NamedTuple
 from ..cones import Cones
 from ..linalg.kkt import Problem
 from ..linalg.normal import cholesky_solve, reduce
-from ..linalg.products import batched, constraints, matvec, matvec_symmetric
+from ..linalg.products import batched, constraints, hessian, matvec, matvec_symmetric
 from ..ops import Array, Ops, select
 from .base import Direction
 
@@ -63,7 +63,7 @@ class _System(NamedTuple):
     """The factorised linear system at an iterate."""
 
     cholesky: Array
-    pairs: tuple[Array, ...]
+    local: tuple[Array, ...]
     rho: Array  # (B, 1, 1)
     weights: Array  # (B, 1, 3m)
 
@@ -117,7 +117,7 @@ class InteriorPoint:
         system = _factorize(ops, cones, problem, sides, origin)
         A = constraints(ops, cones, problem.A)
         rhs = matvec(A.mT, _gather(system.weights[:, 0] * sides.h)) - cost
-        x = cholesky_solve(ops, system.cholesky, system.pairs, rhs[:, None])[:, 0]
+        x = cholesky_solve(ops, cones, system.cholesky, system.local, rhs[:, None])[:, 0]
         t = sides.open * (sides.h - _spread(ops, matvec(A, x)))
         size = ops.maximum(ops.sqrt(ops.sum(t * t, -1, keepdims=True) / sides.count), 1.0)
         unit = ops.minimum(ops.sqrt(ops.sqrt(size)), 100.0)
@@ -187,7 +187,8 @@ class InteriorPoint:
 
         regains; of its iterates the one with the smallest error is kept.
         """
-        P, A, cost = problem.P, constraints(ops, cones, problem.A), sides.cost[:, None]
+        P, A = hessian(ops, problem.P), constraints(ops, cones, problem.A)
+        cost = sides.cost[:, None]
         r_dual, r_sides = state.r_dual[:, None], state.r_sides[:, None]
         g_sides = r_sides + rhs / ops.where(sides.open > 0, state.z, 1.0)[:, None]
         W, Wg = _gather(system.weights, 1), _gather(system.weights * g_sides)
@@ -196,7 +197,7 @@ class InteriorPoint:
 
         def improve(best):
             dx, dy, first, second, error = best
-            ddx = cholesky_solve(ops, system.cholesky, system.pairs, first - matvec(A.mT, W * second))
+            ddx = cholesky_solve(ops, cones, system.cholesky, system.local, first - matvec(A.mT, W * second))
             dx, dy = dx + ddx, dy + W * (matvec(A, ddx) + second)
             first = -r_dual - cost * matvec_symmetric(P, dx) - system.rho * dx - matvec(A.mT, dy)
             second = ops.where(W > 0, matvec(A, dx) + compliance * (Wg - dy), 0.0)
@@ -253,7 +254,7 @@ def _cost_scale(ops: Ops, problem: Problem) -> Array:
 
 def _with_residuals(ops: Ops, cones: Cones, problem: Problem, sides: _Sides, state: _State) -> _State:
     A = constraints(ops, cones, problem.A)
-    gradient = sides.cost * (matvec_symmetric(problem.P, state.x) + problem.q)
+    gradient = sides.cost * (matvec_symmetric(hessian(ops, problem.P), state.x) + problem.q)
     r_sides = _spread(ops, matvec(A, state.x)) + state.t - sides.h
     r_dual = gradient + matvec(A.mT, _gather(state.z))
     return state._replace(r_dual=r_dual, r_sides=(sides.open + sides.equal) * r_sides)
@@ -268,9 +269,8 @@ def _factorize(ops: Ops, cones: Cones, problem: Problem, sides: _Sides, state: _
     weights = ops.where(sides.open > 0, state.z, sides.equal) / opposing
     W, rho = _gather(weights, 1), state.rho * state.boost
     P = sides.cost[..., None] * batched(problem.P)
-    p, k = cones.paired, W.shape[-1]
-    matrix, _, pairs = reduce(ops, p, P.shape[-1] - p, P, problem.A, W, rho, k)
-    return _System(ops.cholesky(ops.add_diagonal(matrix, rho)), pairs, rho[..., None], weights[:, None])
+    matrix, local = reduce(ops, cones, P, problem.A, W, rho)
+    return _System(ops.cholesky(ops.add_diagonal(matrix, rho)), local, rho[..., None], weights[:, None])
 
 
 def _least_mu(ops: Ops, sides: _Sides, state: _State, mu: Array) -> Array:

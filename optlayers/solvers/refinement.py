@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..cones import Cones
 from ..linalg.kkt import Factor, Problem, factorize_at, solve_refined
-from ..linalg.products import constraints, matvec, matvec_symmetric, norm
+from ..linalg.products import constraints, hessian, matvec, matvec_symmetric, norm
 from ..linalg.rows import linearize, project_linearized
 from ..ops import Array, Ops, select
 from .scaling import Scaling
@@ -60,7 +60,7 @@ def evaluate(ops: Ops, cones: Cones, problem: Problem, units: Units, x: Array, v
     linearization = linearize(ops, cones, problem.bounds, v)
     # As `project`, but with the roots and eigenvectors that were found just now.
     s = project_linearized(ops, cones, problem.bounds, linearization, v, 0)
-    Px = matvec_symmetric(problem.P, x)
+    Px = matvec_symmetric(hessian(ops, problem.P), x)
     A = constraints(ops, cones, problem.A)
     Aty, Ax = matvec(A.mT, s - v), matvec(A, x)
     F = Px + problem.q + Aty, Ax + s - problem.b
@@ -116,8 +116,8 @@ def refine(
         # curved cones a step from far away with little of it goes astray.
         e = ops.maximum(0.01 * error, floor) if cones.rows else ops.full(error.shape, floor, error)
         factor = factorize_at(ops, cones, problem, linearization, ops.minimum(e, 0.01)[:, None])
-        A = constraints(ops, cones, problem.A)
-        dx, dv = solve_refined(ops, cones, problem.P, A, factor, F)
+        P, A = hessian(ops, problem.P), constraints(ops, cones, problem.A)
+        dx, dv = solve_refined(ops, cones, P, A, factor, F)
         x, v = x + dx, v + dv
         F, error, is_resolved, linearization = evaluate(ops, cones, problem, units, x, v)
         if cones.rows:  # where D is not that of the step even at the solution

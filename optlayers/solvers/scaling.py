@@ -14,7 +14,7 @@ import numpy as np
 
 from ..cones import Cones
 from ..linalg.kkt import Problem
-from ..linalg.products import constraints, matvec, matvec_symmetric
+from ..linalg.products import constraints, hessian, matvec, matvec_symmetric, spread
 from ..ops import Array, Ops
 
 
@@ -43,7 +43,7 @@ def equilibrate(
     )
     q = D * problem.q
     c = _cost_scale(ops, None if linear else columns, q, problem.P.ndim == 2 and len(D) == 1)
-    P = _scale_matrix(problem.P, D if linear else c * D, D)
+    P = _scale_hessian(ops, problem.P, D if linear else c * D, D)
     A = _scale_constraints(ops, cones, problem.A, E, D)
     if cones.rows:
         beta = _size(ops, E * problem.b, c * q, linear)
@@ -56,9 +56,9 @@ def equilibrate(
 
 def _balance(ops: Ops, cones: Cones, passes: int, P: Array, A: Array) -> tuple[Array, Array, Array]:
     """D, E and the norms of the columns of D P D."""
-    P2, A2 = P**2, constraints(ops, cones, A**2)
+    P2, A2 = hessian(ops, P**2), constraints(ops, cones, A**2)
     batch = max(len(M) if M.ndim == 3 else 1 for M in (P, A))
-    D = ops.full((batch, P2.shape[-1]), 1.0, P)
+    D = ops.full((batch, P.shape[-2]), 1.0, P)
     # Rows first: a row 1e8 times longer than the others would otherwise shrink the columns that it meets.
     rows = _cone_means(ops, cones, matvec(A2, D))
     no_row = ops.cast(rows <= 0, D)  # added, so that rows and columns of zeros stay as they are
@@ -94,18 +94,28 @@ def _cost_scale(ops: Ops, columns: Array | None, q: Array, is_shared: bool) -> A
 
 
 def _scale_matrix(M: Array, left: Array, right: Array) -> Array:
-    scaled = left[..., :, None] * (M[None] if M.ndim == 2 else M) * right[..., None, :]
+    return _scale(M, left[..., :, None] * right[..., None, :])
+
+
+def _scale(M: Array, factors: Array) -> Array:
+    scaled = (M[None] if M.ndim == 2 else M) * factors
     return scaled[0] if M.ndim == 2 and scaled.shape[0] == 1 else scaled
 
 
+def _scale_hessian(ops: Ops, P: Array, left: Array, right: Array) -> Array:
+    n = P.shape[-1]
+    if P.shape[-2] == n:
+        return _scale_matrix(P, left, right)
+    diagonal = _scale(P[..., n:, :], (left * right)[:, n:, None])
+    return ops.concat([_scale_matrix(P[..., :n, :], left[:, :n], right[:, :n]), diagonal], -2)
+
+
 def _scale_constraints(ops: Ops, cones: Cones, A: Array, E: Array, D: Array) -> Array:
-    p = cones.paired
-    if not p:
+    if not cones.groups:
         return _scale_matrix(A, E, D)
-    k, ones = A.shape[-2] - cones.rows, lambda part: 0 * part + 1
-    own = ops.concat([ones(E[:, : k - 2 * p]), D[:, -p:], D[:, -p:], ones(E[:, k:])], -1)
-    columns = _scale_matrix(A[..., :-1], E, D[:, :-p]), _scale_matrix(A[..., -1:], E * own, ones(D[:, :1]))
-    return ops.concat(columns, -1)
+    n = D.shape[-1] - cones.local
+    own = (E[:, None] * spread(ops, cones, D[:, n:], A.shape[-2])).mT
+    return ops.concat([_scale_matrix(A[..., :n], E, D[:, :n]), _scale(A[..., n:], own)], -1)
 
 
 def _cone_means(ops: Ops, cones: Cones, rows: Array) -> Array:

@@ -1,18 +1,19 @@
-"""Variables in two inequalities, or in one cone, are eliminated in the solvers, without a trace outside."""
+"""Variables that share rows with few others are eliminated in the solvers, without a trace outside."""
 
 import cvxpy as cp
 import numpy as np
 import pytest
 
 from checks import assert_close, solve_exactly
-from optlayers.layers import pairing
+from optlayers.cones import Groups
+from optlayers.layers import grouping
 from optlayers.layers.cvxpy import CvxpyProgram
 from optlayers.status import Status
 
 
 @pytest.fixture(autouse=True)
-def pairs_of_small_programs(monkeypatch):
-    monkeypatch.setattr(pairing, "FEWEST", 8)
+def groups_of_small_programs(monkeypatch):
+    monkeypatch.setattr(grouping, "FEWEST", 8)
 
 
 CHOICES = {"solver": None, "order": 2, "on_failure": "raise", "rescue": False, "gradient": "exact"}
@@ -53,26 +54,70 @@ def mixed(rng, n=9):
     return cp.Problem(cp.Minimize(cost), rest + powers), [c], [x], [rng.standard_normal(n)]
 
 
-PROBLEMS = [quadratic, linear, conic, mixed]
+def regression(rng, m=9):
+    """Residuals in rows of the zero cone, with a constraint on the others."""
+    x, F, g = cp.Variable(3), cp.Parameter((m, 3)), cp.Parameter(m)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(F @ x - g) + cp.norm1(x)), [cp.sum(x) == 1])
+    return problem, [F, g], [x], [rng.standard_normal((m, 3)), rng.standard_normal(m)]
 
 
-def paired(problem, parameters, variables):
-    program = CvxpyProgram(problem, parameters, variables, False, None, None, CHOICES)
-    return program, program.program.cones.paired
+def huber(rng, m=7):
+    x, F, g = cp.Variable(3), cp.Parameter((m, 3)), cp.Parameter(m)
+    problem = cp.Problem(cp.Minimize(cp.sum(cp.huber(F @ x - g, 0.7)) + 0.1 * cp.sum_squares(x)))
+    return problem, [F, g], [x], [rng.standard_normal((m, 3)), 2 * rng.standard_normal(m)]
 
 
-def test_places_of_single_variables(rng):
-    """They come before the paired ones, each in one of the last exponential cones."""
-    problem, parameters, variables, _ = mixed(rng)
-    program, p = paired(problem, parameters, variables)
-    solved, cones = program.solved, program.program.cones
-    assert p == 9 and cones.single == 9 and cones.exp == 11 and "(18 eliminated)" in program.summary()
-    row, column = np.divmod(solved.A.positions, solved.n)
-    stop = solved.m - 3  # before the power cone
-    cone, variable = (row - stop + 27) // 3, column - (solved.n - 18)
-    is_single = (variable >= 0) & (variable < 9)
-    assert is_single.sum() >= 9
-    np.testing.assert_array_equal(cone[is_single], variable[is_single])
+def logistic(rng, m=6):
+    """Beside absolute values, and a weight that makes P a parameter of each problem."""
+    x, c, F, weight = cp.Variable(4), cp.Variable(), cp.Parameter((m, 4)), cp.Parameter(nonneg=True)
+    bends = cp.norm1(x[:2] - 0.1) + cp.norm1(rng.standard_normal((8, 4)) @ x)
+    cost = cp.sum(cp.logistic(F @ x + c)) + weight * (cp.sum_squares(x) + c**2) + 0.1 * bends
+    return cp.Problem(cp.Minimize(cost)), [F, weight], [x], [rng.standard_normal((m, 4)), np.array(0.3)]
+
+
+PROBLEMS = [quadratic, linear, conic, mixed, regression, huber, logistic]
+
+
+def grouped(problem, parameters, variables, **choices):
+    program = CvxpyProgram(problem, parameters, variables, False, None, None, CHOICES | choices)
+    return program, program.program.cones.groups
+
+
+@pytest.mark.parametrize(
+    "build, kinds",
+    [
+        (quadratic, [(11, 1, 2, 0)]),
+        (linear, [(9, 1, 2, 0)]),
+        (conic, [(9, 1, 2, 0)]),
+        (mixed, [(9, 1, 0, 3), (9, 1, 2, 0)]),
+        (regression, [(9, 1, 1, 0)]),
+        (huber, [(7, 3, 3, 0)]),
+        (logistic, [(10, 1, 2, 0), (6, 3, 1, 6)]),
+    ],
+)
+def test_places(build, kinds, rng):
+    """Each row of a group has entries of its own variables alone, of the last ones of the program."""
+    problem, parameters, variables, _ = build(rng)
+    program, groups = grouped(problem, parameters, variables)
+    found = [(group.count, group.variables, len(group.bounded), group.curved[0]) for group in groups]
+    assert sorted(found) == sorted(kinds)
+    arranged = program.program if program.ranges is None else program.ranges.program
+    cones, n, m = arranged.cones, arranged.n, arranged.m
+    assert f"({cones.local} eliminated)" in program.summary()
+    entries, allowed = np.zeros((m, n), bool), np.zeros((m, n), bool)
+    entries.flat[arranged.A.positions] = True
+    first = n - cones.local
+    for group in cones.groups:
+        rows = [np.arange(m)[rows] for rows in group.slices(cones.zero + cones.nonneg, m)]
+        for _ in range(group.variables):
+            for each in rows:
+                allowed[each, first + np.arange(group.count)] = True
+            first += group.count
+    local = np.arange(n) >= n - cones.local
+    assert not (entries & ~allowed)[:, local].any() and entries[:, local].any(0).all()
+    i, j = np.divmod(arranged.P.positions, n)
+    assert (i == j)[local[i] | local[j]].all()
+    assert program.solved.A.shape == (m, n - cones.local + cones.width)
 
 
 def batch_of(values, rng, count=5):
@@ -80,37 +125,20 @@ def batch_of(values, rng, count=5):
     return [value * scale(value) if value.ndim else np.tile(value, count) for value in values]
 
 
-@pytest.mark.parametrize("build, count", [(quadratic, 11), (linear, 9), (conic, 9)])
-def test_places(build, count, rng):
-    """The paired variables are the last ones, in the last linear rows, also after merging and elimination."""
-    problem, parameters, variables, _ = build(rng)
-    program, p = paired(problem, parameters, variables)
-    assert p == count and f"({p} eliminated)" in program.summary()
-    solved = program.solved
-    k, n = solved.cones.zero + solved.cones.nonneg, solved.n
-    row, column = np.divmod(solved.A.positions, n)
-    is_last = column >= n - p
-    expected = [(k - 2 * p + i, n - p + i % p) for i in range(2 * p)]
-    assert sorted(zip(row[is_last], column[is_last], strict=True)) == expected
-    i, j = np.divmod(solved.P.positions, n)
-    assert (i == j)[(i >= n - p) | (j >= n - p)].all()
-    if program.elimination is not None:
-        basis = program.elimination.basis
-        np.testing.assert_array_equal(basis[-p:, -p:], np.eye(p))
-        assert not basis[:-p, -p:].any() and not basis[-p:, :-p].any()
-
-
-def test_what_is_not_paired():
-    """Few variables; those of merged rows; of three rows. Of a program of nothing but pairs one stays."""
+def test_what_is_in_no_group():
+    """Few variables; those of merged and of eliminated rows; chains. Of all variables one group stays."""
     x, low, high = cp.Variable(9), cp.Parameter(9), cp.Parameter(9)
-    few = cp.Problem(cp.Minimize(cp.sum_squares(x - low) + cp.norm1(x[:7])))
-    assert paired(few, [low], [x])[1] == 0
-    merged = cp.Problem(cp.Minimize(cp.sum_squares(x - low)), [x >= 0, x <= 1])
-    assert paired(merged, [low], [x])[1] == 0
-    three = cp.Problem(cp.Minimize(cp.sum_squares(x)), [x >= low, x <= high, 2 * x <= high])
-    assert paired(three, [low, high], [x])[1] == 0
-    all_of_them = cp.Problem(cp.Minimize(cp.sum_squares(x)), [x >= low, x <= high])
-    assert paired(all_of_them, [low, high], [x])[1] == 8
+    found = lambda cost, constraints, parameters, **choices: grouped(
+        cp.Problem(cp.Minimize(cost), constraints), parameters, [x], **choices
+    )[1]
+    assert not found(cp.sum_squares(x - low) + cp.norm1(cp.multiply(low, x)[:3]), [], [low])
+    assert not found(cp.sum_squares(x - low), [x >= 0, x <= 1], [low])
+    assert not found(low @ x + cp.sum_squares(x), [x[:8] - x[1:] <= high[:8]], [low, high])
+    F = np.random.default_rng(0).standard_normal((9, 9))
+    assert not found(cp.sum_squares(x) + cp.sum_squares(F @ x - low), [], [low])
+    (pairs,) = found(cp.sum_squares(x), [x >= low, x <= high], [low, high])
+    assert (pairs.count, pairs.variables) == (8, 1)
+    assert not found(cp.sum_squares(x), [x >= low, x <= high], [low, high], gradient="lpgd")
 
 
 @pytest.mark.parametrize("build", [quadratic, linear])
@@ -129,7 +157,7 @@ def test_multipliers_of_all_rows(frontend, build, rng):
 @pytest.mark.parametrize("build", PROBLEMS)
 def test_derivatives(frontend, build, rng):
     problem, parameters, variables, values = build(rng)
-    order = 2 if build in (conic, mixed) and frontend.name == "torch" else 1
+    order = 2 if build in (conic, mixed, logistic) and frontend.name == "torch" else 1
     layer = frontend.CvxpyLayer(problem, parameters, variables[:1], order=order)
     frontend.check_derivatives(layer, values, order)
 
@@ -143,8 +171,8 @@ def test_solutions_are_those_without_elimination(frontend, build, rng, monkeypat
     bad[-1][2] = np.nan
     weights = rng.standard_normal(variables[0].shape)
     results = []
-    for fewest in (pairing.FEWEST, 1000):
-        monkeypatch.setattr(pairing, "FEWEST", fewest)
+    for fewest in (grouping.FEWEST, 1000):
+        monkeypatch.setattr(grouping, "FEWEST", fewest)
         # Clarabel, if it may, would find other slacks where they are not unique.
         layer = frontend.CvxpyLayer(problem, parameters, variables[:1], on_failure="mask", rescue=False)
         solution = layer.solve(*batch)
@@ -168,7 +196,7 @@ def test_negative_costs_are_unbounded(frontend, rng):
     t = cp.Variable(8)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - 1) + c @ t), [x <= t, -x <= t])
     layer = frontend.CvxpyLayer(problem, [c], [x], on_failure="nan")
-    assert layer._program.program.cones.paired == 8
+    assert layer._program.program.cones.local == 8
     costs = np.array([0.5 * np.ones(8), np.r_[-0.5, 0.5 * np.ones(7)]])
     found = layer.solve(frontend.array(costs))
     outcomes = [list(Status)[code] for code in frontend.numpy(found.status)]
@@ -178,5 +206,6 @@ def test_negative_costs_are_unbounded(frontend, rng):
 
 def test_only_layers_count_them(frontend):
     A, b = frontend.array(np.eye(2)), frontend.array(np.ones(2))
-    with pytest.raises(ValueError, match="only a CvxpyLayer counts"):
-        frontend.module.solve_conic(None, b, A, b, frontend.module.Cones(nonneg=2, paired=1))
+    cones = frontend.module.Cones(nonneg=2, groups=(Groups(1, 1, (2,)),))
+    with pytest.raises(ValueError, match="only a CvxpyLayer puts variables in groups"):
+        frontend.module.solve_conic(None, b, A, b, cones)
