@@ -171,7 +171,7 @@ def rates(framework, size):
 
 def floors(problem, parameters, variable, values, flops, bandwidth):
     """Least milliseconds of arithmetic and of memory traffic, see the top."""
-    program = CvxpyProgram(problem, parameters, [variable], False, None, None, {})
+    program = CvxpyProgram(problem, parameters, [variable], False, None, None, {"gradient": "exact"})
     n, m = program.solved.n, program.solved.m
     if (plan := program.elimination) is not None:
         n, m = plan.basis.shape[1], len(plan.kept)

@@ -1,4 +1,4 @@
-"""Time and accuracy of differentiable layers on eight workloads, side by side with other libraries.
+"""Time and accuracy of differentiable layers on ten workloads, side by side with other libraries.
 
     python benchmarks/layers.py [--workloads W1 ...] [--layers NAME ...] [--output FILE --title TITLE]
 

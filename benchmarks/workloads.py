@@ -84,6 +84,20 @@ def lasso(rng, batch, n=50, m=5000):
     return cp.Problem(cp.Minimize(objective), [residual == A @ x - b]), [b], x, [values]
 
 
+def regression(rng, batch, n=10, m=100):
+    """min |F x - g|^2 + 5 |x|_1 with 100 samples of 10 features, F and g of each problem its own."""
+    F, g, x = cp.Parameter((m, n)), cp.Parameter(m), cp.Variable(n)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(F @ x - g) + 5 * cp.norm1(x)))
+    return problem, [F, g], x, [rng.standard_normal((batch, m, n)), rng.standard_normal((batch, m))]
+
+
+def logistic(rng, batch, n=5, m=60):
+    """The logistic loss of 60 samples of 5 features, of each problem its own, and 6 |x|^2."""
+    F, x = cp.Parameter((m, n)), cp.Variable(n)
+    problem = cp.Problem(cp.Minimize(cp.sum(cp.logistic(F @ x)) + 6 * cp.sum_squares(x)))
+    return problem, [F], x, [rng.standard_normal((batch, m, n))]
+
+
 WORKLOADS = {
     "W1": (dense_qp, (1, 32, 128)),
     "W2": (simplex, (1, 128, 1024)),
@@ -93,6 +107,8 @@ WORKLOADS = {
     "W6": (entropy, (64,)),
     "W7": (portfolio, (1,)),
     "W8": (lasso, (1,)),
+    "W9": (regression, (1, 64)),
+    "W10": (logistic, (1, 64)),
 }
 
 

@@ -120,13 +120,10 @@ def followed(ops: Ops, own: Array, x: Array) -> Array:
 
 def collect(ops: Ops, cones: Cones, forces: Array) -> Array:
     """The transpose of `spread` on rows that have such variables: (..., p) of (..., w, m)."""
-    parts, lead, m = [], forces.shape[:-2], forces.shape[-1]
+    parts, m = [], forces.shape[-1]
     for group in cones.groups:
-        k, total = group.variables, 0.0
-        for rows, shape, axis in group.blocks(m - cones.rows, m):
-            part = ops.reshape(forces[..., :k, rows], (*lead, k, *shape))
-            total = total + ops.sum(part, axis - 3)
-        parts.append(ops.reshape(total, (*lead, -1)))
+        first, *rest = (forces[..., : group.variables, rows] for rows in group.slices(m - cones.rows, m))
+        parts.append(ops.reshape(sum(rest, first), (*forces.shape[:-2], -1)))
     return ops.concat(parts, -1)
 
 

@@ -39,10 +39,10 @@ def choose(cones: Cones, linear: bool, solver: Any, rescue: bool = False) -> tup
     20 iterations and 5 steps; with 12, or with rho = 0.1 or 1, more problems need a second round. Those that
     4 rounds leave, mostly of exponential cones with exponents of 100 and more, Clarabel solves in a tenth to
     a hundredth of the time that more rounds would take. And it solves one problem in a third of the time that
-    these take for one, of exponential and power cones up to 8, up to the sizes that `most` tells.
+    these take for one, of exponential and power cones up to 4, up to the sizes that `most` tells.
     """
     if solver in AUTOMATIC:
-        most = 50_000 if cones.exp or cones.pow else 10_000
+        most = 25_000 if cones.exp or cones.pow else 10_000
         few, last = ((Clarabel(most=most),), (Clarabel(),)) if rescue else ((), ())
         if cones.rows:
             few = tuple(replace(solver, scaling=5) for solver in few)
