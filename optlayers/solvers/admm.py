@@ -57,9 +57,8 @@ class _Factor(NamedTuple):
         invert = lambda r: matvec(self.V, matvec(self.V.mT, r) / (1 + rho * self.values))
         if not self.local:
             return invert(r)
-        return solve_reduced(ops, cones, self.local, lambda rows: invert(rows[:, 0])[:, None], r[:, None])[
-            :, 0
-        ]
+        rows = solve_reduced(ops, cones, self.local, lambda rows: invert(rows[:, 0])[:, None], r[:, None])
+        return rows[:, 0]
 
 
 class _AdmmState(NamedTuple):
