@@ -141,6 +141,18 @@ def test_what_is_in_no_group():
     assert not found(cp.sum_squares(x), [x >= low, x <= high], [low, high], gradient="lpgd")
 
 
+def test_many_groups_are_not_for_sparse_factorisations(rng):
+    """Of 300 samples little is left; of a chain of 600 variables all is."""
+    problem, parameters, variables, _ = logistic(rng, 300)
+    program, groups = grouped(problem, parameters, variables)
+    assert program.program.n + program.program.m > 2500 and not program.is_sparse
+    assert program.solved.A.shape[1] == program.program.n - program.program.cones.local + 3
+    x, y = cp.Variable(600), cp.Parameter(600)
+    chain = cp.Problem(cp.Minimize(cp.sum_squares(x - y) + cp.norm1(cp.diff(x))))
+    program, groups = grouped(chain, [y], [x])
+    assert groups and program.is_sparse
+
+
 @pytest.mark.parametrize("build", [quadratic, linear])
 def test_multipliers_of_all_rows(frontend, build, rng):
     problem, parameters, variables, values = build(rng)
