@@ -19,7 +19,6 @@ import scipy.sparse as sp
 from ..cones import Cones
 from ..linalg.kkt import Problem
 from ..linalg.products import constraints, matvec
-from ..linalg.rows import project
 from ..ops import Array, Ops
 from .base import Direction
 
@@ -97,8 +96,7 @@ class Host:
         return _HostState(x, y, dx, dy, state.active)
 
     def point(self, ops: Ops, cones: Cones, problem: Problem, state: _HostState) -> tuple[Array, Array]:
-        slack = problem.b - matvec(constraints(ops, cones, problem.A), state.x)
-        return state.x, project(ops, cones, problem.bounds, slack) - state.y
+        return state.x, problem.b - matvec(constraints(ops, cones, problem.A), state.x) - state.y
 
     def direction(self, state: _HostState) -> Direction:
         return Direction(state.dx, state.dy)
