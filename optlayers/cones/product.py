@@ -67,8 +67,8 @@ class Groups:
         for first in (k - distance for distance in self.bounded):
             each = 1
             if blocks and blocks[-1][0].stop == first:
-                before_it, (each, _), _ = blocks.pop()
-                first, each = before_it.start, each + 1
+                adjacent, (each, _), _ = blocks.pop()
+                first, each = adjacent.start, each + 1
             blocks.append((slice(first, first + each * self.count), (each, self.count), 1))
         if rows:
             blocks.append((slice(m - before, m - before + rows * self.count), (self.count, rows), 2))

@@ -12,14 +12,7 @@ from ..cones import Cones
 from ..implicit import attach
 from ..linalg import normal
 from ..linalg.kkt import Factor, Problem
-from ..linalg.products import (
-    Scaled,
-    constraints,
-    hessian,
-    matvec,
-    matvec_symmetric,
-    spread,
-)
+from ..linalg.products import Scaled, constraints, hessian, matvec, matvec_symmetric, spread
 from ..linalg.rows import Linearization, project_linearized, spectral, unflatten
 from ..linalg.sensitivity import solve_sensitivity
 from ..ops import Array, Ops

@@ -109,9 +109,7 @@ def others(cones: Cones, k: int, m: int) -> list[slice]:
     """The rows in no group; those up to k and those behind it apart."""
     taken = [(k, k)]
     for group in cones.groups:
-        (rows, before), bounded = group.curved, m - cones.rows
-        taken += [(bounded - distance, bounded - distance + group.count) for distance in group.bounded]
-        taken += [(m - before, m - before + rows * group.count)]
+        taken += [(rows.start, rows.stop) for rows, _, _ in group.blocks(m - cones.rows, m)]
     taken = [(0, 0), *sorted(taken), (m, m)]
     gaps = zip(taken, taken[1:], strict=False)
     return [slice(end, start, 1) for (_, end), (start, _) in gaps if start > end]

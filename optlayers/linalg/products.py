@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ..cones import Cones, Groups
 from ..ops import Array, Ops
 
@@ -96,12 +94,13 @@ def own_rows(cones: Cones, A: Array) -> Array:
     return batched(A)[..., A.shape[-1] - cones.width :].mT
 
 
-def variables(cones: Cones, n: int = 0) -> Iterator[tuple[Groups, list[slice]]]:
-    """Each kind of groups, and where its first variables lie, its second ones and so on, from n on."""
+def variables(cones: Cones) -> Iterator[tuple[Groups, list[slice]]]:
+    """Each kind of groups, and where its first variables, its second ones, ... lie among all in groups."""
+    first = 0
     for group in cones.groups:
-        starts = range(n, n + group.count * group.variables, group.count)
+        starts = [first + j * group.count for j in range(group.variables)]
         yield group, [slice(start, start + group.count) for start in starts]
-        n += group.count * group.variables
+        first += group.count * group.variables
 
 
 def spread(ops: Ops, cones: Cones, x: Array, m: int) -> Array:
@@ -131,16 +130,10 @@ def whole(ops: Ops, cones: Cones, P: Array, A: Array) -> tuple[Array, Array]:
     """Compact P and A as matrices (..., n, n) and (..., m, n)."""
     if not cones.groups:
         return P, A
-    n, m = A.shape[-1] - cones.width, A.shape[-2]
-    lift = lambda matrix, like: (
-        ops.constant(matrix, like)[None] if like.ndim == 3 else ops.constant(matrix, like)
-    )
-    placed = (cones.owners(m)[..., None] == np.arange(cones.local)) * 1.0
-    own = [A[..., n + j : n + j + 1] * lift(place, A) for j, place in enumerate(placed)]
-    main, rest = P[..., :n, :], P[..., n:, :]
-    diagonal = rest[..., :1] * lift(np.eye(cones.local), P)
-    P = ops.concat([ops.concat([main, 0 * rest.mT], -1), ops.concat([0 * rest, diagonal], -1)], -2)
-    return P, ops.concat([A[..., :n], sum(own[1:], own[0])], -1)
+    each = ops.eye(P.shape[-2], P)[None]
+    wholes = matvec(hessian(ops, P), each), matvec(constraints(ops, cones, A), each).mT
+    P, A = (whole[0] if M.ndim == 2 else whole for M, whole in zip((P, A), wholes, strict=True))
+    return P, A
 
 
 def batched(matrix: Array) -> Array:

@@ -42,12 +42,13 @@ def choose(cones: Cones, linear: bool, solver: Any, rescue: bool = False) -> tup
     these take for one, of exponential and power cones up to 4, up to the sizes that `most` tells.
     """
     if solver in AUTOMATIC:
-        most = 25_000 if cones.exp or cones.pow else 10_000
-        few, last = ((Clarabel(most=most),), (Clarabel(),)) if rescue else ((), ())
+        few, last = ((Clarabel(most=10_000),), (Clarabel(),)) if rescue else ((), ())
         if cones.rows:
-            few = tuple(replace(solver, scaling=5) for solver in few)
-            limit = {"max_iter": 60} if rescue else {}
-            return (*few, ADMM(check_every=15, rho=0.3, refine=7, **limit), *last)
+            limit, most = {"max_iter": 60} if rescue else {}, 25_000 if cones.exp or cones.pow else 10_000
+            admm = ADMM(check_every=15, rho=0.3, refine=7, **limit)
+            # The first solver's equilibration serves the next one, and its steps a warm start.
+            few = tuple(replace(s, most=most, refine=admm.refine, scaling=admm.scaling) for s in few)
+            return (*few, admm, *last)
         first = () if linear else (ADMM(max_iter=100, rho=2.0, refine=3),)
         return (*first, *few, InteriorPoint(), *last)
     if isinstance(solver, str):
