@@ -3,6 +3,8 @@
 import importlib
 import inspect
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -1033,6 +1035,47 @@ def test_in_blocks(ops, framework, host, rng, monkeypatch, block_bytes):
         assert_all_close(blocks, [x + shared, (M @ x[..., None])[..., 0]])
         assert sum(sizes) == 7
         assert seam is ops or max(sizes) <= max(block_bytes // 32, 1)
+
+
+@pytest.mark.parametrize("few", [1, 60])
+def test_few_matrices_at_a_time(rng, monkeypatch, few):
+    """As for large ones in JAX: a batch in blocks of one and of two, also if it shares a matrix."""
+    jax = pytest.importorskip("jax")
+    from optlayers.ops import jax as ops
+
+    monkeypatch.setattr("optlayers.ops.jax.arrays.FEW", few)
+    x, y, shared = (rng.normal(size=(*lead, 3, k)) for *lead, k in ((2, 4, 3), (2, 4, 2), (1, 1, 3)))
+    x, y, shared = map(jax.numpy.asarray, (x @ x.mT + np.eye(3), y, shared @ shared.mT + np.eye(3)))
+    inverse = jax.numpy.linalg.inv
+    assert_all_close(ops.cholesky(x), np.linalg.cholesky(x))
+    assert_all_close(ops.inverse_triangular(ops.cholesky(x)), np.linalg.inv(np.linalg.cholesky(x)))
+    values, vectors = ops.eigh(x)
+    assert_all_close((vectors * values[..., None, :]) @ vectors.mT, x)
+    for matrix in (x, shared):
+        loss = lambda solve: lambda z: jax.numpy.sin(solve(z + z.mT)).sum()
+        gradient = lambda solve, matrix=matrix, loss=loss: jax.grad(loss(solve))(matrix)
+        assert_all_close(
+            gradient(lambda z: ops.cholesky_solve(ops.cholesky(z), y)), gradient(lambda z: inverse(z) @ y)
+        )
+        assert_all_close(
+            gradient(lambda z: ops.lu_solve(ops.lu_factor(z), y, transpose=True)),
+            gradient(lambda z: inverse(z).mT @ y),
+        )
+
+
+BESIDE = """
+import os, jax, jax.numpy as jnp, optlayers.ops.jax as ops
+count, x = 3 * os.cpu_count(), jnp.broadcast_to(4 * jnp.eye(40), (64, 40, 40))
+work = jax.jit(lambda x: sum(ops.cholesky(x + k) for k in range(count)).sum())
+print([float(work(x)) > 0 for _ in range(50)].count(True))
+"""
+
+
+def test_many_factorizations_beside_each_other():
+    """They must not wait for one another: JAX 0.10 by itself does not come to an end here."""
+    pytest.importorskip("jax")
+    call = subprocess.run([sys.executable, "-c", BESIDE], capture_output=True, text=True, timeout=120)
+    assert call.stdout.split() == ["50"], call.stderr
 
 
 @pytest.mark.parametrize(

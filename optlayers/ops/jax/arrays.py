@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -106,34 +108,67 @@ def add_diagonal(x, values):
     return x + jnp.broadcast_to(values, x.shape[:-1]).astype(x.dtype)[..., None] * identity
 
 
+# n n k, for systems with k right-hand sides, summed over the matrices in one call of LAPACK. From some size
+# on, jaxlib 0.10 spreads a call over XLA's threads, on one of which it waits for its parts: with as many as
+# there are threads, as on several devices of one CPU, all wait for ever. Smaller calls are not spread, and no
+# slower on one thread.
+FEW = 2**16
+
+
+def _few_at_a_time(function, *arrays):
+    """`function` of batches of matrices, where one matrix may serve the whole batch."""
+    lead = np.broadcast_shapes(*(x.shape[:-2] for x in arrays))
+    size = arrays[0].shape[-1] ** 2 * arrays[-1].shape[-1]
+    batch, rows = math.prod(lead), builtins.max(FEW // builtins.max(size, 1), 1)
+    if batch <= rows or jax.default_backend() != "cpu":
+        return function(*arrays)
+    rows = next(rows for rows in range(rows, 0, -1) if batch % rows == 0)
+    is_shared = [math.prod(x.shape[:-2]) == 1 for x in arrays]
+    own = [x.shape[-2:] for x in arrays]
+    blocks = [
+        None if shared else broadcast_to(x, (*lead, *shape)).reshape(-1, rows, *shape)
+        for x, shape, shared in zip(arrays, own, is_shared, strict=True)
+    ]
+
+    def work(blocks):
+        parts = zip(blocks, arrays, own, strict=True)
+        return function(*(x.reshape(1, *shape) if part is None else part for part, x, shape in parts))
+
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[2:]), lax.map(work, blocks))
+
+
 def cholesky(x):
-    factor = lax.linalg.cholesky(x, symmetrize_input=False)
+    factor = _few_at_a_time(partial(lax.linalg.cholesky, symmetrize_input=False), x)
     # NaN need not reach the diagonal's start, nor the other triangle, by itself.
     failed = jnp.isnan(diagonal(factor)).any(-1)
     return jnp.where(failed[..., None, None], jnp.nan, factor)
 
 
 def cholesky_solve(factor, rhs):
-    return jax.scipy.linalg.cho_solve((factor, True), rhs)
+    return _few_at_a_time(lambda factor, rhs: jax.scipy.linalg.cho_solve((factor, True), rhs), factor, rhs)
 
 
 def inverse_triangular(factor):
-    identity = jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
-    return lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+    def invert(factor):
+        identity = jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+        return lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+
+    return _few_at_a_time(invert, factor)
 
 
 def lu_factor(x):
-    return jax.scipy.linalg.lu_factor(x)
+    return _few_at_a_time(jax.scipy.linalg.lu_factor, x)
 
 
 def lu_solve(factor, rhs, transpose=False):
-    return jax.scipy.linalg.lu_solve(factor, rhs, trans=1 if transpose else 0)
+    solve = lambda lu, pivots, rhs: jax.scipy.linalg.lu_solve((lu, pivots[..., 0]), rhs, int(transpose))
+    return _few_at_a_time(solve, factor[0], factor[1][..., None], rhs)
 
 
 def eigh(x):
     # On a matrix that is not finite LAPACK may return numbers.
     finite = jnp.isfinite(x).all((-2, -1))[..., None]
-    values, vectors = jnp.linalg.eigh(x, symmetrize_input=False)
+    values, vectors = _few_at_a_time(partial(jnp.linalg.eigh, symmetrize_input=False), x)
     return jnp.where(finite, values, jnp.nan), jnp.where(finite[..., None], vectors, jnp.nan)
 
 
