@@ -7,6 +7,7 @@ best point seen is kept. The factor of the step that led to it is kept too, for 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 from ..cones import Cones
@@ -99,9 +100,10 @@ def refine(
     target: float,
     active: Array,
 ) -> Point:
-    """The better of `best` and of at most `steps` Newton iterates from `start` = (x, v), per problem.
+    """The better of `best` and of Newton's iterates from `start` = (x, v), per problem.
 
     Args:
+        steps: so many, and more where each makes the residual ten times smaller.
         target: relative residual at which a problem needs no further step.
         active: (B,) the problems that count: the others keep `best`, and when all of them have reached the
             target, iteration stops.
@@ -109,12 +111,12 @@ def refine(
     floor = smallest_regularization(ops, problem.q)
     needs_step = lambda best: active & (best.residual > target)
 
-    def step(data, state):
-        best, needed, (x, v), (F, error, linearization) = state
+    def step(k, data, state):
+        best, needed, (x, v), (F, last, linearization) = state
         problem, units = Problem(*data[:6]), Units(*data[6:])
         # Between bounds F is linear: a step on the right active set is exact but for the regularisation. On
         # curved cones a step from far away with little of it goes astray.
-        e = ops.maximum(0.01 * error, floor) if cones.rows else ops.full(error.shape, floor, error)
+        e = ops.maximum(0.01 * last, floor) if cones.rows else ops.full(last.shape, floor, last)
         factor = factorize_at(ops, cones, problem, linearization, ops.minimum(e, 0.01)[:, None])
         P, A = hessian(ops, problem.P), constraints(ops, cones, problem.A)
         dx, dv = solve_refined(ops, cones, P, A, factor, F)
@@ -125,12 +127,13 @@ def refine(
         # A problem that has reached the target stays as it is, whatever the rest of the batch still needs.
         better = needed & is_resolved & (error < best.residual)
         best = select(ops, better, Point(x, v, error, factor), best)
-        return best, needed & (best.residual > target), (x, v), (F, error, linearization)
+        needed = needed & (best.residual > target) & ((k < steps) | (error < 0.1 * last))
+        return best, needed, (x, v), (F, error, linearization)
 
     def body(carry):
-        k, state = carry
+        k, state = carry[0] + 1, carry[1]
         data, ndims = (*problem, *relative_to), (*Problem.ndims, *Units.ndims)
-        return k + 1, ops.on_rows(state[1], step, data, ndims, state)
+        return k, ops.on_rows(state[1], partial(step, k), data, ndims, state)
 
     relative_to = units(ops, problem, scaling)
     F, error, is_resolved, linearization = evaluate(ops, cones, problem, relative_to, *start)
@@ -139,6 +142,5 @@ def refine(
     kept = best.factor._replace(e=ops.where(better[:, None], 1.0, best.factor.e))
     x, v, residual = select(ops, better, (*start, error), best[:3])
     best = Point(x, v, residual, kept)
-    state = best, needs_step(best), start, (F, error, linearization)
-    unfinished = lambda carry: (carry[0] < steps) & ops.any(carry[1][1])
-    return ops.while_loop(unfinished, body, (0, state))[1][0]
+    state = best, needs_step(best) & (steps > 0), start, (F, error, linearization)
+    return ops.while_loop(lambda carry: ops.any(carry[1][1]), body, (0, state))[1][0]

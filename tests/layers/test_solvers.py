@@ -145,6 +145,13 @@ def test_iteration_limit(solve, name):
     assert (solution.status != Status.SOLVED.code).all()
 
 
+@pytest.mark.parametrize("name", ["norm_ball", "sdp", "log_sum_exp", "pnorm_three"])
+def test_newton_steps_that_converge_go_on(solve, name):
+    """To the end of what precision allows, where one step leaves a residual that the next iterations use."""
+    solution = solve(CONE_FAMILIES[name](), "ADMM", refine=1, check_every=50)
+    assert (solution.iterations == 50).all() and (solution.residual < 1e-13).all()
+
+
 def test_field_of_the_record(solve, torch_frontend):
     """A setting and the field of the record are the same thing."""
     family, ADMM = CONE_FAMILIES["norm_ball"](), torch_frontend.module.ADMM
