@@ -2,9 +2,10 @@
 
     python benchmarks/layers.py [--workloads W1 ...] [--layers NAME ...] [--output FILE --title TITLE]
 
-Every layer runs in a process of its own, on one thread; the processes take turns, call by call, and the least
-of their times counts, since machines are shared. What is timed is a solution of the batch, and a weighted
-sum of it differentiated in all parameters.
+Every layer runs in a process of its own, on one thread, or on as many as THREADS in the environment says; the
+processes take turns, call by call, and the least of their times counts, since machines are shared. On several
+threads JAX has a device for each, and `shard_map` gives each a part of the batch. What is timed is a solution of
+the batch, and a weighted sum of it differentiated in all parameters.
 
 - set-up: import, construction and first calls; in JAX with compilation
 - forward; both: forward and backward
@@ -36,8 +37,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+THREADS = int(os.environ.get("THREADS", "1"))
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
-    os.environ[variable] = "1"
+    os.environ[variable] = str(THREADS)
+if THREADS > 1:
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
 
 import numpy as np  # noqa: E402
 from report import table  # noqa: E402
@@ -86,9 +90,14 @@ def optlayers_jax(problem, parameters, variable, values, weights):
 
     jax.config.update("jax_enable_x64", True)
     layer = CvxpyLayer(problem, parameters, [variable])
+    solve, devices = lambda *v: layer(*v)[0], THREADS if len(values[0]) % THREADS == 0 else 1
+    if devices > 1:
+        jax.config.update("jax_num_cpu_devices", devices)
+        mesh, batch = jax.sharding.Mesh(jax.devices(), ("batch",)), jax.sharding.PartitionSpec("batch")
+        solve = jax.shard_map(solve, mesh=mesh, in_specs=batch, out_specs=batch)
     values = [jax.numpy.asarray(value) for value in values]
-    forward = jax.jit(lambda *v: layer(*v)[0])
-    loss = lambda *v: (layer(*v)[0] * weights).sum()
+    forward = jax.jit(solve)
+    loss = lambda *v: (solve(*v) * weights).sum()
     both = jax.jit(jax.grad(loss, argnums=tuple(range(len(values)))))
     return lambda: jax.block_until_ready(forward(*values)), lambda: jax.block_until_ready(both(*values))
 
@@ -419,8 +428,8 @@ def write(path, title, rows, names):
     packages = sorted({p for name in names for p in LAYERS[name][1]} | {"cvxpy", "numpy"})
     installed = [p for p in packages if importlib.util.find_spec(p)]
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in installed)
-    place = f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, one thread"
-    place += f", load average {os.getloadavg()[2]:.0f}, {versions}"
+    place = f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores"
+    place += f", {THREADS} thread{'s' * (THREADS > 1)}, load average {os.getloadavg()[2]:.0f}, {versions}"
     source = f"Written by `benchmarks/layers.py` on {place}."
     described = [f"- {key}: {WORKLOADS[key][0].__doc__}" for key in WORKLOADS if key in {r[0] for r in rows}]
     lines = [

@@ -1102,6 +1102,31 @@ def test_in_blocks_of_jax(rng, monkeypatch, block_bytes, most, count):
     assert len(calls) == count and len(set(calls)) == 1
 
 
+def test_in_blocks_on_each_device(rng, monkeypatch):
+    """Under shard_map in JAX; elsewhere a batch is left whole where there are several devices."""
+    jax = pytest.importorskip("jax")
+    from optlayers.ops import jax as ops
+
+    monkeypatch.setattr("optlayers.ops.jax.control.BLOCK_ROWS", 2)
+    x, calls = rng.normal(size=(8, 2)), []
+
+    def work(x):
+        jax.debug.callback(lambda rows: calls.append(len(rows)), x)
+        return [2 * x]
+
+    blocks = lambda x: ops.in_blocks(work, [x[:, None] * x[:, :, None]], (2,), 4)[0]
+    axis = jax.sharding.PartitionSpec("batch")
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("batch",))
+    for function, count, rows in (
+        (jax.shard_map(blocks, mesh=mesh, in_specs=axis, out_specs=axis), 4, 2),
+        (blocks, 1, 8),
+    ):
+        calls.clear()
+        assert_all_close(jax.jit(function)(x), 2 * x[:, None] * x[:, :, None])
+        jax.effects_barrier()
+        assert calls == [rows] * count
+
+
 def test_in_blocks_of_problems_without_variables(host):
     (same,) = host.in_blocks(lambda M: [M], [np.ones((7, 0, 0))], (2,), 0)
     assert same.shape == (7, 0, 0)

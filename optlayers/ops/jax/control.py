@@ -74,8 +74,10 @@ def in_blocks(function, arrays, ndims, size):
     rows = min(BLOCK_BYTES // max(size * arrays[0].dtype.itemsize, 1), BLOCK_ROWS) or 1
     if not any(batched and own > 1 for batched, own in zip(is_batched, ndims, strict=False)):
         rows = max(rows, SHARED_ROWS)
-    # Over several devices the batch may be laid out, block by block or not: only they know.
-    if batch <= rows or jax.default_backend() != "cpu" or jax.device_count() > 1:
+    # Over several devices the batch may be laid out, block by block or not: only they know. Under shard_map
+    # it is what one of them has.
+    is_whole = jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().are_all_axes_manual
+    if batch <= rows or jax.default_backend() != "cpu" or is_whole:
         return function(*arrays)
     even = (size for size in range(rows, rows // 2, -1) if batch % size == 0)
     rows = next(even, -(-batch // -(-batch // rows)))
