@@ -4,8 +4,8 @@
 
 Every layer runs in a process of its own, on one thread, or on as many as THREADS in the environment says; the
 processes take turns, call by call, and the least of their times counts, since machines are shared. On several
-threads JAX has a device for each, and `shard_map` gives each a part of the batch. What is timed is a solution of
-the batch, and a weighted sum of it differentiated in all parameters.
+threads JAX has a device for each, and `shard_map` gives each a part of the batch. What is timed is a solution
+of the batch, and a weighted sum of it differentiated in all parameters.
 
 - set-up: import, construction and first calls; in JAX with compilation
 - forward; both: forward and backward
@@ -45,6 +45,7 @@ if THREADS > 1:
 
 import numpy as np  # noqa: E402
 from report import table  # noqa: E402
+from threadpoolctl import threadpool_limits  # noqa: E402
 from workloads import WORKLOADS, build  # noqa: E402
 
 REFERENCE_LANES, STEP = 4, 1e-5
@@ -92,6 +93,7 @@ def optlayers_jax(problem, parameters, variable, values, weights):
     layer = CvxpyLayer(problem, parameters, [variable])
     solve, devices = lambda *v: layer(*v)[0], THREADS if len(values[0]) % THREADS == 0 else 1
     if devices > 1:
+        threadpool_limits(1)  # of LAPACK: each device has one already
         jax.config.update("jax_num_cpu_devices", devices)
         mesh, batch = jax.sharding.Mesh(jax.devices(), ("batch",)), jax.sharding.PartitionSpec("batch")
         solve = jax.shard_map(solve, mesh=mesh, in_specs=batch, out_specs=batch)

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import cvxpy as cp
 import numpy as np
 import pytest
 
@@ -75,6 +76,23 @@ def test_batch_in_blocks(layer, rng, monkeypatch):
     for part, wanted in zip(jax.tree.leaves(outcome()), jax.tree.leaves(whole), strict=True):
         assert_close(part, wanted, 1e-9)
     assert loops and all(len(blocks) == 4 for blocks in loops)
+
+
+def test_shard_map_with_constant_data(rng):
+    """What devices have in common, here all but c, may meet what differs between them. min c'x, |x| <= 1."""
+    jax = pytest.importorskip("jax")
+    from optlayers.jax import CvxpyLayer
+
+    c, x = cp.Parameter(3), cp.Variable(3)
+    layer = CvxpyLayer(cp.Problem(cp.Minimize(c @ x), [cp.norm2(x) <= 1]), [c], [x])
+    axis, mesh = jax.sharding.PartitionSpec("batch"), jax.sharding.Mesh(jax.devices()[:2], ("batch",))
+    solve = jax.shard_map(lambda c: layer(c)[0], mesh=mesh, in_specs=axis, out_specs=axis)
+    value, weights = rng.standard_normal((2, 4, 3))
+    size = np.linalg.norm(value, axis=1, keepdims=True)
+    solution, back = jax.vjp(jax.jit(solve), jax.numpy.asarray(value))
+    assert_close(solution, -value / size, 1e-9)
+    along = (weights * value).sum(1, keepdims=True) / size**2
+    assert_close(back(jax.numpy.asarray(weights))[0], (along * value - weights) / size, 1e-7)
 
 
 @pytest.mark.parametrize("lead", [(0,), pytest.param((3, 0), marks=pytest.mark.slow_to_compile)], ids=str)

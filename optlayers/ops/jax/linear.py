@@ -10,7 +10,7 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax import lax
 
-from .context import zero
+from .context import alike, zero
 
 
 def frozen(function, x):
@@ -60,6 +60,7 @@ def _(solve, primals, tangents):
 
 
 def increment(solve, r, *frozen):
+    r, *frozen = alike([r, *frozen])
     return _increment(solve, r, frozen)
 
 
