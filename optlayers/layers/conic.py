@@ -144,8 +144,9 @@ class ConicSolve:
             point = x / scaling.D, s * scaling.E - y * scaling.c / scaling.E
             point = tuple(ops.where(ops.isfinite(z), z, 0.0) for z in point)
         else:
-            none = 0 * ops.cast(finite, q)[:, None]  # which in JAX differs by device if any of the data do
-            point = 0 * problem.q + none, 0 * problem.b + none
+            point = 0 * problem.q, 0 * problem.b
+        none = 0 * ops.cast(finite, q)[:, None]  # which in JAX differs by device if any of the data do
+        point = tuple(z + none for z in point)
         progress = start(ops, self.cones, problem, scaling, *point)
         status = ops.where(finite, progress.status, Status.NON_FINITE.code)
         # Between bounds that have changed places the projection finds a point, which satisfies neither.

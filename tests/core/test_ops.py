@@ -1051,16 +1051,13 @@ def test_few_matrices_at_a_time(rng, monkeypatch, few):
     assert_all_close(ops.inverse_triangular(ops.cholesky(x)), np.linalg.inv(np.linalg.cholesky(x)))
     values, vectors = ops.eigh(x)
     assert_all_close((vectors * values[..., None, :]) @ vectors.mT, x)
+    gradient = lambda solve, at: jax.grad(lambda z: jax.numpy.sin(solve(z + z.mT)).sum())(at)
     for matrix in (x, shared):
-        loss = lambda solve: lambda z: jax.numpy.sin(solve(z + z.mT)).sum()
-        gradient = lambda solve, matrix=matrix, loss=loss: jax.grad(loss(solve))(matrix)
-        assert_all_close(
-            gradient(lambda z: ops.cholesky_solve(ops.cholesky(z), y)), gradient(lambda z: inverse(z) @ y)
-        )
-        assert_all_close(
-            gradient(lambda z: ops.lu_solve(ops.lu_factor(z), y, transpose=True)),
-            gradient(lambda z: inverse(z).mT @ y),
-        )
+        expected = gradient(lambda z: inverse(z) @ y, matrix)
+        assert_all_close(gradient(lambda z: ops.cholesky_solve(ops.cholesky(z), y), matrix), expected)
+        expected = gradient(lambda z: inverse(z).mT @ y, matrix)
+        solve = lambda z: ops.lu_solve(ops.lu_factor(z), y, transpose=True)
+        assert_all_close(gradient(solve, matrix), expected)
 
 
 BESIDE = """
