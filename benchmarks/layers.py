@@ -4,8 +4,9 @@
 
 Every layer runs in a process of its own, on one thread, or on as many as THREADS in the environment says; the
 processes take turns, call by call, and the least of their times counts, since machines are shared. On several
-threads JAX has a device for each, and `shard_map` gives each a part of the batch. What is timed is a solution
-of the batch, and a weighted sum of it differentiated in all parameters.
+threads JAX has a device for each, and `shard_map` gives each a part of the batch, as compiled layers of PyTorch
+do by themselves. What is timed is a solution of the batch, and a weighted sum of it differentiated in all
+parameters.
 
 - set-up: import, construction and first calls; in JAX with compilation
 - forward; both: forward and backward
@@ -22,6 +23,7 @@ with Clarabel.
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -77,10 +79,15 @@ def _torch_calls(layer, values, weights, device="cpu"):
     return forward, both
 
 
-def optlayers_torch(problem, parameters, variable, values, weights):
+def optlayers_torch(problem, parameters, variable, values, weights, compiled=False):
     from optlayers.torch import CvxpyLayer
 
-    layer = CvxpyLayer(problem, parameters, [variable])
+    if compiled:
+        import jax
+
+        threadpool_limits(1)  # of LAPACK: each device has one already
+        jax.config.update("jax_num_cpu_devices", THREADS)
+    layer = CvxpyLayer(problem, parameters, [variable], compiled=compiled)
     return _torch_calls(lambda *v: layer(*v)[0], values, weights)
 
 
@@ -307,6 +314,7 @@ def clarabel(P, q, A, l, u):
 
 LAYERS = {
     "OptLayers, torch": (optlayers_torch, ("torch",)),
+    "OptLayers, torch, compiled": (functools.partial(optlayers_torch, compiled=True), ("torch", "jax")),
     "OptLayers, JAX": (optlayers_jax, ("jax",)),
     "cvxpylayers, Clarabel": (cvxpylayers_with("Clarabel"), ("cvxpylayers", "diffcp", "clarabel")),
     "cvxpylayers, SCS": (cvxpylayers_with("SCS"), ("cvxpylayers", "diffcp", "scs")),

@@ -15,6 +15,7 @@ from ..layers.cvxpy import CvxpyProgram, Solution, faults, name
 from ..ops import torch as ops
 from ..ops.torch import host
 from ..status import SolveError
+from .compiled import CompiledProgram
 from .sparse import HOST, on_host
 
 ops.run_while_compiling(CvxpyProgram.splits)
@@ -23,7 +24,11 @@ ops.run_while_compiling(CvxpyProgram.bounds)
 
 @continues(CvxpyProgram)
 class CvxpyLayer(torch.nn.Module):
-    """
+    """With `compiled` it runs on a CPU as one program that XLA compiles, through JAX, which has to be there:
+    in a half to a third of the time, after some seconds for each set of shapes. What that does not serve
+    goes the usual way: tensors on a GPU, second derivatives and forward mode, `torch.func`, `torch.compile`,
+    large sparse problems, and batches with problems that stay unfinished.
+
     Example:
         >>> import cvxpy as cp, torch
         >>> from optlayers.torch import CvxpyLayer
@@ -52,6 +57,7 @@ class CvxpyLayer(torch.nn.Module):
         on_failure: str = "raise",
         rescue: bool = True,
         gradient: str | Smoothed | LPGD = "exact",
+        compiled: bool = False,
     ):
         super().__init__()
         self._program = CvxpyProgram(
@@ -69,6 +75,7 @@ class CvxpyLayer(torch.nn.Module):
                 "gradient": gradient,
             },
         )
+        self._compiled = CompiledProgram(self._program) if compiled else None
         if verbose:
             print(self)
 
@@ -104,11 +111,19 @@ class CvxpyLayer(torch.nn.Module):
         program = self._program
         layer, like = program.layer(solver_args), _like(params, program.parameters)
         run = functools.partial(_on_host, method) if program.is_sparse else method
-        try:
-            is_dense = not program.is_sparse and layer.gradient is None
-            if is_dense and host.serves_call([x for part in (params, *more) for x in part]):
+        is_dense = not program.is_sparse and layer.gradient is None
+        tensors = lambda params: [x for part in (params, *more) for x in part]
+
+        def plain(params):
+            if is_dense and host.serves_call(tensors(params)):
                 return host.call(functools.partial(method, program), HOST, layer, params, *more, like)
             return run(program, ops, HOST, layer, params, *more, like)
+
+        try:
+            if self._compiled and not program.is_sparse and host.is_readable(tensors(params)):
+                whole = method is CvxpyProgram.solve
+                return self._compiled.solve(plain, layer, whole, params, *(more or ((),)), like)
+            return plain(params)
         except SolveError as error:
             for fault in faults([value.numpy(force=True) for value in params], program.parameters):
                 error.add_note(fault)

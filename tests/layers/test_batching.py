@@ -84,7 +84,7 @@ def test_shard_map_with_constant_data(rng):
     from optlayers.jax import CvxpyLayer
 
     c, x = cp.Parameter(3), cp.Variable(3)
-    layer = CvxpyLayer(cp.Problem(cp.Minimize(c @ x), [cp.norm2(x) <= 1]), [c], [x])
+    layer = CvxpyLayer(cp.Problem(cp.Minimize(c @ x), [cp.norm2(x) <= 1]), [c], [x], rescue=True)
     axis, mesh = jax.sharding.PartitionSpec("batch"), jax.sharding.Mesh(jax.devices()[:2], ("batch",))
     solve = jax.shard_map(lambda c: layer(c)[0], mesh=mesh, in_specs=axis, out_specs=axis)
     value, weights = rng.standard_normal((2, 4, 3))

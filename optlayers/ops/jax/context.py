@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def zero(dtype, *arrays):
@@ -20,7 +21,8 @@ def alike(arrays):
     """All as differing by device, where `jax.shard_map` keeps account of that, if one of them does."""
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return list(arrays)
-    own = [x for x in arrays if isinstance(x, jax.Array)]  # and not Python's numbers, which have no type yet
+    # Not Python's numbers, which have no type yet, and without derivatives, in which zeros would be added.
+    own = [lax.stop_gradient(x) for x in arrays if isinstance(x, jax.Array)]
     return [x + zero(x.dtype, *own) if isinstance(x, jax.Array) else x for x in arrays]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from ..numpy import batch_of, solve_small  # noqa: F401
-from .context import steady
+from .context import alike, steady
 
 # Of the largest array in a block, and the most rows: a small block waits for fewer problems that need long.
 # And the fewest rows where matrices are shared, on which each block repeats the work.
@@ -135,7 +135,8 @@ def call_host(function, shapes, active, *arrays):
     def call(*values):
         return [np.asarray(x, dtype) for x in function(*map(np.asarray, values))]
 
-    return jax.pure_callback(call, results, active, *arrays, vmap_method="broadcast_all")
+    results = jax.pure_callback(call, results, active, *arrays, vmap_method="broadcast_all")
+    return alike([*results, active, *arrays])[: len(results)]
 
 
 def call_detached(function, *args):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .context import steady, zero
+from .context import alike, steady, zero
 
 
 def leaf(solve, inputs):
@@ -106,4 +106,8 @@ def surrogate_gradient(values, inputs, backward):
         return tuple(map(jnp.zeros_like, values)), tuple(r + stop for r in results)
 
     attach.defvjp(lambda values, inputs: (values, (values, inputs)), run_backward)
-    return attach(tuple(lax.stop_gradient(v) for v in values), tuple(inputs))
+    values = [lax.stop_gradient(v) for v in values]
+    inputs = alike([*inputs, *values])[
+        : len(inputs)
+    ]  # where devices share some, cotangents would not be alike
+    return attach(tuple(values), tuple(inputs))

@@ -43,14 +43,16 @@ _DTYPES = torch.float32, torch.float64, torch.complex64, torch.complex128
 
 def serves_call(tensors: Sequence[Tensor]) -> bool:
     """Whether NumPy gives all that is asked of a call with these arguments: values, without derivatives."""
+    needs_grad = torch.is_grad_enabled() and builtins.any(x.requires_grad for x in tensors)
+    return not needs_grad and is_readable(tensors) and builtins.sum(x.numel() for x in tensors) <= SMALL
+
+
+def is_readable(tensors: Sequence[Tensor]) -> bool:
+    """Whether NumPy can read them, and of what it computes a tape alone wants derivatives."""
     is_traced = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
     is_plain = not (torch.compiler.is_compiling() or is_traced or is_dual())
-    needs_grad = torch.is_grad_enabled() and builtins.any(x.requires_grad for x in tensors)
-    return (
-        is_plain
-        and not needs_grad
-        and builtins.all(type(x) in (Tensor, Parameter) and x.is_cpu and x.dtype in _DTYPES for x in tensors)
-        and builtins.sum(x.numel() for x in tensors) <= SMALL
+    return is_plain and builtins.all(
+        type(x) in (Tensor, Parameter) and x.is_cpu and x.dtype in _DTYPES for x in tensors
     )
 
 

@@ -1,0 +1,118 @@
+"""Layers of other frameworks as programs that XLA compiles for the CPU, with NumPy arrays in and out."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import types
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from ..layers.conic import ConicLayer
+from ..layers.cvxpy import CvxpyProgram
+from ..ops import jax as ops
+from ..ops.jax.context import alike
+from .sparse import HOST
+
+
+class CompiledProgram:
+    """`CvxpyProgram.solve` and its first derivatives in reverse mode, compiled once per set of shapes.
+
+    Over several devices of the CPU the first batch axis is laid out, as far as it divides.
+    """
+
+    def __init__(self, program: CvxpyProgram):
+        self._program = program
+        self._forward = jax.jit(self._solve_and_pull, static_argnums=(0, 1, 2))
+        self._backward = jax.jit(lambda pull, bars: pull(bars)[0])
+
+    def __call__(
+        self,
+        layer: ConicLayer,
+        whole: bool,
+        needed: Sequence[bool],
+        values: Sequence[np.ndarray],
+        warm: Sequence[np.ndarray],
+        like: np.ndarray,
+    ) -> tuple[list[np.ndarray], list[np.ndarray], Callable]:
+        """What has derivatives of a solution, the facts about it, and the pull-back of derivatives.
+
+        Args:
+            whole: x, s and y follow the variables.
+            needed: which values have cotangents.
+
+        Returns:
+            The arrays with derivatives; status, iterations, residual, and regularity of x and y; and the map
+            from cotangents of the first, None for zero, to those of the values that are needed.
+        """
+        with _on_cpu():
+            forward = self._forward(layer, whole, tuple(needed), list(values), list(warm), like)
+            outputs, pull, facts = forward
+            outputs, facts = (list(map(np.array, arrays)) for arrays in (outputs, facts))
+
+        def pull_back(bars: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+            full = [np.zeros_like(y) if bar is None else bar for bar, y in zip(bars, outputs, strict=True)]
+            with _on_cpu():
+                return list(map(np.array, self._backward(pull, full)))
+
+        return outputs, facts, pull_back
+
+    def _solve_and_pull(self, layer, whole, needed, values, warm, like):
+        def solve(live):
+            live = iter(live)
+            chosen = [next(live) if need else x for need, x in zip(needed, values, strict=True)]
+            return self._spread(layer, whole, chosen, warm, like)
+
+        live = [x for need, x in zip(needed, values, strict=True) if need]
+        return jax.vjp(solve, live, has_aux=True)
+
+    def _spread(self, layer, whole, values, warm, like):
+        """`_solve` on as many devices as divide the first batch axis."""
+        own = [parameter.ndim for parameter in self._program.parameters]
+        leads = [x.shape[: x.ndim - k] for x, k in zip((*values, *warm), (*own, 1, 1, 1), strict=False)]
+        sizes, devices = [lead[0] for lead in leads if lead], jax.devices("cpu")
+        count = math.gcd(len(devices), *sizes) if any(sizes) else 1
+        if count == 1:
+            return self._solve(layer, whole, values, warm, like)
+        specs = [PartitionSpec("batch") if lead else PartitionSpec() for lead in leads]
+        return jax.shard_map(
+            lambda values, warm: self._solve(layer, whole, values, warm, like),
+            mesh=Mesh(np.array(devices[:count]), ("batch",)),
+            in_specs=(specs[: len(values)], specs[len(values) :]),
+            out_specs=PartitionSpec("batch"),
+        )(values, warm)
+
+    def _solve(self, layer, whole, values, warm, like):
+        solution = self._program.solve(_FIRST_ORDER, HOST, layer, values, warm, like)
+        derived = [*solution.variables, *((solution.x, solution.s, solution.y) if whole else ())]
+        return derived, [solution.status, solution.iterations, solution.residual, *solution.regularity]
+
+
+@contextlib.contextmanager
+def _on_cpu():
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+def _deferred(function, order, values, inputs, constants, adjoint):
+    """As that of the seam, by `adjoint` alone: the first derivatives in reverse mode."""
+
+    @jax.custom_vjp
+    def attach(values, inputs, constants):
+        return values
+
+    def pull(saved, bars):
+        inputs, constants = saved
+        return None, list(adjoint(ops, [True] * len(inputs), inputs, constants, bars)), None
+
+    attach.defvjp(lambda values, *saved: (values, saved), pull)
+    # The cotangents of inputs that devices share would differ between them.
+    inputs = alike([*inputs, *values])[: len(inputs)]
+    return attach(list(values), inputs, list(constants))
+
+
+_FIRST_ORDER = types.SimpleNamespace(**vars(sys.modules[ops.__name__]) | {"deferred": _deferred})

@@ -1,0 +1,86 @@
+"""Layers of PyTorch as programs of XLA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import compress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..layers.conic import ConicLayer
+from ..layers.cvxpy import CvxpyProgram, Solution
+from ..linalg.sensitivity import Regularity
+from ..ops import torch as ops
+from ..solvers.host import Host
+from ..status import Status, check
+
+UNFINISHED = Status.ITERATION_LIMIT.code, Status.INACCURATE.code
+
+
+class CompiledProgram:
+    """`CvxpyProgram.solve` for tensors on the CPU, through JAX."""
+
+    def __init__(self, program: CvxpyProgram):
+        if not find_spec("jax"):
+            raise ModuleNotFoundError("compiled=True needs JAX; pip install 'optlayers[jax]'")
+        from ..jax import compiled
+
+        self._program, self._run = program, compiled.CompiledProgram(program)
+
+    def __reduce__(self):  # without what is compiled
+        return type(self), (self._program,)
+
+    def solve(
+        self,
+        plain: Callable[[Sequence[Tensor]], Any],
+        layer: ConicLayer,
+        whole: bool,
+        values: Sequence[Tensor],
+        warm: Sequence[Tensor],
+        like: Tensor,
+    ) -> Any:
+        """`plain(values)`: the variables, or the `whole` solution; where XLA does not serve, `plain` does."""
+        solvers = tuple(solver for solver in layer.solve.solvers if not isinstance(solver, Host))
+        if not solvers:
+            return plain(values)
+        own = replace(layer, solve=replace(layer.solve, solvers=solvers))
+        needed = [torch.is_grad_enabled() and x.requires_grad for x in values]
+        arrays = ([x.numpy(force=True) for x in part] for part in (values, warm))
+        outputs, facts, pull_back = self._run(own, whole, needed, *arrays, like.numpy())
+        status, iterations, residual, *unique = facts
+        # JAX calls the host in another thread, where double precision is on for whole processes only.
+        if solvers != layer.solve.solvers and np.isin(status, UNFINISHED).any():
+            return plain(values)
+        if layer.on_failure == "raise":
+            check(status, residual)
+
+        def again(order, inputs, constants):
+            solution = plain(inputs)
+            return (*solution.variables, *solution[1:4]) if whole else solution
+
+        def adjoint(ops, still_needed, inputs, constants, bars):
+            # In NumPy or in torch, as the size of the call decides.
+            is_tensor = any(isinstance(bar, Tensor) for bar in bars)
+            bars = [bar.numpy(force=True) if isinstance(bar, Tensor) else bar for bar in bars]
+            bars = pull_back([None if bar is None else _conjugate(bar) for bar in bars])
+            bars = compress(map(_conjugate, bars), compress(still_needed, needed))
+            return tuple(torch.from_numpy(bar) if is_tensor else bar for bar in bars)
+
+        outputs = [torch.from_numpy(x) for x in outputs]
+        outputs = ops.deferred(again, layer.order, outputs, values, (), adjoint)
+        if not whole:
+            return tuple(outputs)
+        status, iterations, residual, *unique = map(torch.from_numpy, facts)
+        status, iterations = status.long(), iterations.long()
+        *variables, x, s, y = outputs
+        return Solution(tuple(variables), x, s, y, status, iterations, residual, Regularity(*unique))
+
+
+def _conjugate(x: np.ndarray) -> np.ndarray:
+    """Between the cotangents of torch and those of JAX."""
+    return np.conj(x) if np.iscomplexobj(x) else x

@@ -1,0 +1,190 @@
+"""Layers of PyTorch as programs of XLA: the same numbers, errors and objects as without."""
+
+import copy
+import pickle
+
+import cvxpy as cp
+import numpy as np
+import pytest
+
+from checks import assert_close
+from cone_problems import CONE_FAMILIES
+from problems import FAMILIES, qp_shared
+
+torch = pytest.importorskip("torch")
+jax = pytest.importorskip("jax")
+
+from optlayers.torch import LPGD, CvxpyLayer, SolveError  # noqa: E402
+
+ALL = FAMILIES | CONE_FAMILIES
+QUICK = ("qp", "mixture", "complex_fit")
+CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ALL]
+
+
+def tensors(values, dtype=torch.float64):
+    cast = lambda x: torch.tensor(x).to(dtype if np.isrealobj(x) else torch.complex128)
+    return [cast(np.asarray(value)).requires_grad_() for value in values]
+
+
+def build(family, **options):
+    gp = getattr(family, "gp", False)
+    return CvxpyLayer(family.problem, family.parameters, family.variables, gp=gp, **options)
+
+
+def outputs_and_gradients(layer, values, rng, dtype=torch.float64):
+    """Of a weighted sum of squares, which has complex cotangents where outputs are complex."""
+    parameters = tensors(values, dtype)
+    outputs = layer(*parameters)
+    total = sum((torch.tensor(rng.uniform(1, 2, x.shape)) * x.abs() ** 2).sum() for x in outputs)
+    return outputs, torch.autograd.grad(total, parameters, materialize_grads=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_without(name):
+    """Over the four devices that the tests have."""
+    family = ALL[name]()
+    values = family.batch(np.random.default_rng(0), 4)
+    results = [
+        outputs_and_gradients(build(family, compiled=compiled), values, np.random.default_rng(1))
+        for compiled in (False, True)
+    ]
+    for expected, actual in zip(*results, strict=True):
+        for x, y in zip(expected, actual, strict=True):
+            assert x.dtype == y.dtype and x.shape == y.shape
+            assert_close(y.detach().numpy(), x.detach().numpy(), 1e-6)
+
+
+@pytest.fixture(scope="module")
+def family():
+    return qp_shared()
+
+
+@pytest.fixture(scope="module")
+def layer(family):
+    return build(family, compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("lead", "dtype"),
+    [((), torch.float32), ((0,), torch.float64), ((3,), torch.float64), ((2, 2), torch.float32)],
+)
+def test_axes_and_types(family, layer, lead, dtype):
+    rng = np.random.default_rng(0)
+    values = family.batch(rng, max(int(np.prod(lead)), 1))
+    values = [
+        v[: int(np.prod(lead))].reshape(*lead, *p.shape) if v.ndim > p.ndim else v
+        for v, p in zip(values, family.parameters, strict=True)
+    ]
+    (x,), gradients = outputs_and_gradients(layer, values, np.random.default_rng(1), dtype)
+    (y,), expected = outputs_and_gradients(build(family), values, np.random.default_rng(1))
+    assert x.dtype == dtype and x.shape == y.shape
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-8
+    for actual, right in zip((x, *gradients), (y, *expected), strict=True):
+        assert actual.dtype == dtype
+        assert_close(actual.detach().numpy(), right.detach().numpy(), tolerance)
+
+
+def test_the_whole_solution_and_a_warm_start(family, layer):
+    values = family.batch(np.random.default_rng(0), 4)
+    plain, compiled = (build_.solve(*tensors(values)) for build_ in (build(family), layer))
+    for expected, actual in zip(plain[1:], compiled[1:], strict=True):
+        for x, y in zip(*((z if isinstance(z, tuple) else (z,)) for z in (expected, actual)), strict=True):
+            assert x.dtype == y.dtype and x.shape == y.shape
+            assert_close(1.0 * y.detach().numpy(), 1.0 * x.detach().numpy(), 1e-8)
+    weights = torch.randn(compiled.y.shape, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    for key in ("x", "s", "y"):
+        gradients = []
+        for solver in (build(family), layer):
+            parameters = tensors(values)
+            z = getattr(solver.solve(*parameters), key)
+            total = (weights[..., : z.shape[-1]] * z).sum()
+            gradients.append(torch.autograd.grad(total, parameters, materialize_grads=True))
+        for expected, actual in zip(*gradients, strict=True):
+            assert_close(actual.numpy(), expected.numpy(), 1e-7)
+    again = layer.solve(*tensors(values), warm_start=compiled)
+    assert (again.iterations == 0).all() and (compiled.iterations > 0).all()
+
+
+def test_what_it_does_not_serve_goes_the_usual_way(family, layer):
+    P, q, *rest = tensors(family.sample(np.random.default_rng(0)))
+    fixed = [x.detach() for x in (P, *rest)]
+    detached = lambda x: x.detach().numpy()
+    of_q = lambda q: layer(fixed[0], q, *fixed[1:])[0]
+    assert torch.autograd.gradgradcheck(of_q, (q,))
+    forward, reverse = torch.func.jacfwd(of_q)(q.detach()), torch.autograd.functional.jacobian(of_q, q)
+    assert_close(detached(forward), detached(reverse), 1e-8)
+    several = torch.stack([q.detach(), 2 * q.detach()])
+    assert_close(detached(torch.func.vmap(of_q)(several)), detached(of_q(several)), 1e-8)
+
+
+@pytest.mark.parametrize("gradient", [LPGD(0.1), pytest.param("smoothed", marks=pytest.mark.slow)], ids=str)
+def test_gradients_of_another_kind(family, gradient):
+    values = family.batch(np.random.default_rng(0), 2)
+    (_, expected), (_, actual) = (
+        outputs_and_gradients(build(family, gradient=gradient, compiled=c), values, np.random.default_rng(1))
+        for c in (False, True)
+    )
+    for x, y in zip(expected, actual, strict=True):
+        assert_close(y.numpy(), x.numpy(), 1e-6)
+
+
+def test_what_stays_unfinished_goes_the_usual_way():
+    """To Clarabel, which no program of XLA holds."""
+    x, c = cp.Variable(20), cp.Parameter(20)
+    problem = cp.Problem(cp.Minimize(c @ x - cp.sum(cp.entr(x))), [cp.sum(x) == 1, x[0] <= 0.5])
+    values = 1000 * torch.randn(8, 20, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    plain, compiled = (CvxpyLayer(problem, [c], [x], compiled=c_).solve(values) for c_ in (False, True))
+    assert (compiled.status == 0).all() and (compiled.iterations == 60).any()
+    assert torch.equal(plain.x, compiled.x)
+
+
+def test_solvers_of_the_host(family):
+    values = tensors(family.batch(np.random.default_rng(0), 4))
+    plain, compiled = (build(family, solver="CLARABEL", compiled=c)(*values)[0] for c in (False, True))
+    assert torch.equal(plain, compiled)
+
+
+def test_failures(family):
+    values = tensors(family.batch(np.random.default_rng(0), 4))
+    with torch.no_grad():
+        values[1][2, 0] = torch.nan
+    with pytest.raises(SolveError, match=r"batch index \(2,\)") as error:
+        build(family, compiled=True)(*values)
+    assert any("NaN" in note for note in error.value.__notes__)
+    (x,) = build(family, compiled=True, on_failure="nan")(*values)
+    assert x[2].isnan().all() and x[[0, 1, 3]].isfinite().all()
+    (x,) = build(family, compiled=True, on_failure="mask")(*values)
+    gradients = torch.autograd.grad(x.sum(), values)
+    assert all(g.isfinite().all() for g in gradients) and (gradients[1][2] == 0).all()
+
+
+def test_changes_of_the_data_before_the_gradient_raise(family, layer):
+    values = tensors(family.batch(np.random.default_rng(0), 4))
+    (x,) = layer(*values)
+    with torch.no_grad():
+        values[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x.sum().backward()
+
+
+def test_results_are_memory_of_their_own(family, layer):
+    values = family.batch(np.random.default_rng(0), 4)
+    results = outputs_and_gradients(layer, values, np.random.default_rng(1))
+    kept = [x.clone() for part in results for x in part]
+    for x in (x for part in results for x in part):
+        x.detach().zero_()
+    again = outputs_and_gradients(layer, values, np.random.default_rng(1))
+    assert all(torch.equal(x, y) for x, y in zip(kept, (x for part in again for x in part), strict=True))
+
+
+def test_copies(family, layer):
+    values = [x.detach() for x in tensors(family.batch(np.random.default_rng(0), 4))]
+    expected = layer(*values)[0]
+    duplicate = copy.deepcopy(pickle.loads(pickle.dumps(layer)))
+    assert torch.equal(duplicate(*values)[0], expected)
+
+
+def test_without_jax(family, monkeypatch):
+    monkeypatch.setattr("optlayers.torch.compiled.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'optlayers\[jax\]'"):
+        build(family, compiled=True)
