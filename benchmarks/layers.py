@@ -4,7 +4,7 @@
 
 Every layer runs in a process of its own, on one thread, or on as many as THREADS in the environment says; the
 processes take turns, call by call, and the least of their times counts, since machines are shared. On several
-threads JAX has a device for each, and `shard_map` gives each a part of the batch, as compiled layers of PyTorch
+threads JAX has a device for each, and `shard_map` gives each a part of the batch, as compiled layers of torch
 do by themselves. What is timed is a solution of the batch, and a weighted sum of it differentiated in all
 parameters.
 
