@@ -19,8 +19,6 @@ from ..ops import torch as ops
 from ..solvers.host import Host
 from ..status import Status, check
 
-UNFINISHED = Status.ITERATION_LIMIT.code, Status.INACCURATE.code
-
 
 class CompiledProgram:
     """`CvxpyProgram.solve` for tensors on the CPU, through JAX."""
@@ -54,7 +52,8 @@ class CompiledProgram:
         outputs, facts, pull_back = self._run(own, whole, needed, *arrays, like.numpy())
         status, iterations, residual, *unique = facts
         # JAX calls the host in another thread, where double precision is on for whole processes only.
-        if solvers != layer.solve.solvers and np.isin(status, UNFINISHED).any():
+        is_unfinished = (status == Status.ITERATION_LIMIT.code) | (status == Status.INACCURATE.code)
+        if solvers != layer.solve.solvers and is_unfinished.any():
             return plain(values)
         if layer.on_failure == "raise":
             check(status, residual)
