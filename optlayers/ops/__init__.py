@@ -156,6 +156,13 @@ class Ops(Protocol):
         """`state = body(state)`, `count` times."""
         ...
 
+    def repeat_while(self, count: int, needed: Callable, body: Callable, state: Any) -> Any:
+        """As `repeat`, for a `body` that leaves alone what `needed(state)`, a mask, does not name.
+
+        It ends when that names nothing, but where the host would have to wait for a device to tell.
+        """
+        ...
+
     def cond(self, condition: Array, true: Callable, false: Callable, *operands: Any) -> Any:
         """`true(*operands)` or `false(*operands)`; both return the same structure."""
         ...

@@ -35,6 +35,7 @@ from .base import Direction
 RHO_FLOORS = 1e-10, 1e-12
 DELTA_FLOORS = 1e-8, 1e-10
 DELTA_FLOOR_MAX = 1e-4  # failed factorisations raise it up to here
+ENOUGH = 1e-8  # error of a linear system relative to its right-hand side
 
 
 class _State(NamedTuple):
@@ -84,7 +85,7 @@ class InteriorPoint:
         refine: Newton steps tried at each check; see `optlayers.solvers.refinement`.
         scaling: equilibration passes.
         regularization: starting value of rho and delta, which then shrink with the complementarity.
-        linear_steps: steps of iterative refinement of a solution of a linear system.
+        linear_steps: most steps of iterative refinement of a solution of a linear system.
 
     Example:
         >>> import torch
@@ -195,6 +196,9 @@ class InteriorPoint:
         compliance = ops.where(W > 0, 1 / ops.where(W > 0, W, 1.0), 0.0)
         r_dual = ops.broadcast_to(r_dual, (*rhs.shape[:2], r_dual.shape[-1]))
 
+        start = 0 * r_dual, 0 * Wg, -r_dual, compliance * Wg, ops.inf + 0 * r_dual[..., :1]
+        enough = ENOUGH * ops.maximum(_size(ops, start[2]), _size(ops, start[3]))
+
         def improve(best):
             dx, dy, first, second, error = best
             ddx = cholesky_solve(ops, cones, system.cholesky, system.local, first - matvec(A.mT, W * second))
@@ -202,12 +206,13 @@ class InteriorPoint:
             first = -r_dual - cost * matvec_symmetric(P, dx) - system.rho * dx - matvec(A.mT, dy)
             second = ops.where(W > 0, matvec(A, dx) + compliance * (Wg - dy), 0.0)
             new_error = ops.maximum(_size(ops, first), _size(ops, second))
-            # NaN, of a failed factorisation, is not a smaller error, but is to be seen.
             new = dx, dy, first, second, new_error
-            return tuple(ops.where(new_error >= error, b, a) for a, b in zip(new, best, strict=True))
+            # NaN, of a failed factorisation, is not a smaller error, but is to be seen.
+            keeps = (new_error >= error) | (error <= enough)
+            return tuple(ops.where(keeps, b, a) for a, b in zip(new, best, strict=True))
 
-        start = 0 * r_dual, 0 * Wg, -r_dual, compliance * Wg, ops.inf + 0 * r_dual[..., :1]
-        dx, dy, *_ = ops.repeat(1 + self.linear_steps, improve, start)
+        is_rough = lambda best: ~(best[-1] <= enough)
+        dx, dy, *_ = ops.repeat_while(1 + self.linear_steps, is_rough, improve, start)
         Adx = matvec(A, dx)
         # Refinement has moved dy; the sides of a row share that as they share the weight of the row.
         moved = compliance * (dy - Wg) - Adx

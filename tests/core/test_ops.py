@@ -526,6 +526,18 @@ def test_while_loop(ops, framework, limit, count):
     assert_close(previous, np.array([1.0, 2.0]) * 2 ** max(count - 1, 0))
 
 
+@pytest.mark.parametrize(("count", "steps"), [(0, 0), (2, 2), (9, 3)])
+def test_repeat_while(ops, framework, count, steps):
+    """Here after three steps. A body that ran without need would be seen in the number of steps."""
+    too_large = lambda state: state[1] > 1
+    halve = lambda state: (state[0] + 1, ops.where(too_large(state), state[1] / 2, state[1]))
+    x = np.array([0.5, 3.0, 8.0])
+    k, actual = ops.repeat_while(count, too_large, halve, (0, framework.array(x)))
+    assert int(k) == steps
+    expected = {0: x, 2: [0.5, 0.75, 2.0], 9: [0.5, 0.75, 1.0]}
+    np.testing.assert_array_equal(numpy(actual), expected[count])
+
+
 def test_while_loop_under_vmap_of_jax(rng):
     jax = pytest.importorskip("jax")
     from optlayers.ops import jax as ops

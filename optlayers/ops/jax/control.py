@@ -25,6 +25,13 @@ def repeat(count, body, state):
     return lax.fori_loop(0, count, lambda _, state: body(state), steady(state))
 
 
+def repeat_while(count, needed, body, state):
+    if jax.default_backend() != "cpu":
+        return repeat(count, body, state)
+    unfinished = lambda carry: (carry[0] < count) & jnp.any(needed(carry[1]))
+    return while_loop(unfinished, lambda carry: (carry[0] + 1, body(carry[1])), (0, state))[1]
+
+
 def bounded_repeat(count, limit, body, state):
     # In chunks, so that what is behind the count costs about the square root of the limit.
     chunk = math.isqrt(limit) + 1

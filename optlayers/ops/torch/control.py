@@ -9,6 +9,15 @@ from ..numpy import cond, on_chosen, repeat, while_loop  # noqa: F401
 from .context import is_dual, is_known, is_transformed, outside, undifferentiated
 
 
+def repeat_while(count, needed, body, state):
+    for _ in range(count):
+        mask = needed(state)
+        if mask.is_cpu and is_known(mask) and not bool(torch.any(mask)):
+            break
+        state = body(state)
+    return state
+
+
 def bounded_repeat(count, limit, body, state):
     return repeat(count, body, state)
 
