@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import types
 from collections.abc import Callable, Sequence
 
@@ -115,4 +114,4 @@ def _deferred(function, order, values, inputs, constants, adjoint):
     return attach(list(values), inputs, list(constants))
 
 
-_FIRST_ORDER = types.SimpleNamespace(**vars(sys.modules[ops.__name__]) | {"deferred": _deferred})
+_FIRST_ORDER = types.SimpleNamespace(**vars(ops) | {"deferred": _deferred})

@@ -141,8 +141,9 @@ def on_chosen(rows, batch, function, data, ndims, state, put_rows):
     return tree_map(lambda old, new: put_rows(old, rows, new) if len(old) == batch else new, state, result)
 
 
-# Of the largest array. With half of it problems in curved cones take 2 to 20 % longer, with twice as much dense
-# ones of 100 variables 15 %. Threads get a quarter at least: on less they wait for one another.
+# Of the largest array. With half of it dense problems of 100 variables take 5 % less, but those in curved
+# cones 2 to 20 % more, on threads 30 %; with twice as much the dense ones take 10 % more. A thread gets a
+# quarter of it at least: on less they wait for one another.
 BLOCK_BYTES = 2**22
 
 
