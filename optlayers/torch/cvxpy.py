@@ -24,10 +24,11 @@ ops.run_while_compiling(CvxpyProgram.bounds)
 
 @continues(CvxpyProgram)
 class CvxpyLayer(torch.nn.Module):
-    """With `compiled` it runs on a CPU as one program that XLA compiles, through JAX, which has to be there:
-    in a half to a third of the time, after some seconds for each set of shapes. What that does not serve
-    goes the usual way: tensors on a GPU, second derivatives and forward mode, `torch.func`, `torch.compile`,
-    large sparse problems, and batches with problems that stay unfinished.
+    """With `compiled` it runs on a CPU as one program that XLA compiles, through JAX, which has to be there,
+    after some seconds for each set of shapes: small batches and problems in curved cones in a half to a third
+    of the time. What that does not serve goes the usual way: tensors on a GPU, second derivatives and
+    forward mode, `torch.func`, `torch.compile`, large sparse problems, and batches with problems that stay
+    unfinished.
 
     Example:
         >>> import cvxpy as cp, torch
