@@ -84,8 +84,10 @@ def optlayers_torch(problem, parameters, variable, values, weights, compiled=Fal
 
     if compiled:
         import jax
+        import torch
 
-        threadpool_limits(1)  # of LAPACK: each device has one already
+        torch.set_num_threads(1)  # each device has one already
+        threadpool_limits(1)
         jax.config.update("jax_num_cpu_devices", THREADS)
     layer = CvxpyLayer(problem, parameters, [variable], compiled=compiled)
     return _torch_calls(lambda *v: layer(*v)[0], values, weights)
