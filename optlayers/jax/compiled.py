@@ -49,8 +49,7 @@ class CompiledProgram:
             from cotangents of the first, None for zero, to those of the values that are needed.
         """
         with _on_cpu():
-            forward = self._forward(layer, whole, tuple(needed), list(values), list(warm), like)
-            outputs, pull, facts = forward
+            outputs, pull, facts = self._forward(layer, whole, tuple(needed), list(values), list(warm), like)
             outputs, facts = (list(map(np.array, arrays)) for arrays in (outputs, facts))
 
         def pull_back(bars: Sequence[np.ndarray | None]) -> list[np.ndarray]:

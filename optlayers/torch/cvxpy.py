@@ -27,8 +27,8 @@ class CvxpyLayer(torch.nn.Module):
     """With `compiled` it runs on a CPU as one program that XLA compiles, through JAX, which has to be there,
     after some seconds for each set of shapes: small batches and problems in curved cones in a half to a third
     of the time. What that does not serve goes the usual way: tensors on a GPU, second derivatives and
-    forward mode, `torch.func`, `torch.compile`, large sparse problems, and batches with problems that stay
-    unfinished.
+    forward mode, `torch.func`, `torch.compile`, a `gradient` that is not exact, large sparse problems, and
+    batches with problems that stay unfinished.
 
     Example:
         >>> import cvxpy as cp, torch
@@ -121,7 +121,7 @@ class CvxpyLayer(torch.nn.Module):
             return run(program, ops, HOST, layer, params, *more, like)
 
         try:
-            if self._compiled and not program.is_sparse and host.is_readable(tensors(params)):
+            if self._compiled and is_dense and host.is_readable(tensors(params)):
                 whole = method is CvxpyProgram.solve
                 return self._compiled.solve(plain, layer, whole, params, *(more or ((),)), like)
             return plain(params)

@@ -95,6 +95,24 @@ def test_shard_map_with_constant_data(rng):
     assert_close(back(jax.numpy.asarray(weights))[0], (along * value - weights) / size, 1e-9)
 
 
+def test_shard_map_of_lpgd(rng):
+    """With data that the devices share."""
+    jax = pytest.importorskip("jax")
+    from optlayers.jax import CvxpyLayer
+
+    c, x = cp.Parameter(3), cp.Variable(3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + c @ x), [x >= 0, cp.sum(x) <= 1])
+    layer = CvxpyLayer(problem, [c], [x], gradient="lpgd")
+    axis, mesh = jax.sharding.PartitionSpec("batch"), jax.sharding.Mesh(jax.devices()[:2], ("batch",))
+    value, weights = map(jax.numpy.asarray, rng.standard_normal((2, 4, 3)))
+    solve = lambda c: layer(c)[0]
+    split = jax.shard_map(solve, mesh=mesh, in_specs=axis, out_specs=axis)
+    gradient = lambda solve: jax.jit(jax.grad(lambda c: (weights * solve(c)).sum()))(value)
+    expected, actual = gradient(solve), gradient(split)
+    assert abs(expected).max() > 0.1
+    assert_close(actual, expected, 1e-9)
+
+
 @pytest.mark.parametrize("lead", [(0,), pytest.param((3, 0), marks=pytest.mark.slow_to_compile)], ids=str)
 def test_empty_batch(layer, lead, rng):
     values = values_with(layer, rng, (), "")

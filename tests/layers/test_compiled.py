@@ -117,15 +117,14 @@ def test_what_it_does_not_serve_goes_the_usual_way(family, layer):
     assert_close(detached(torch.func.vmap(of_q)(several)), detached(of_q(several)), 1e-8)
 
 
-@pytest.mark.parametrize("gradient", [LPGD(0.1), pytest.param("smoothed", marks=pytest.mark.slow)], ids=str)
-def test_gradients_of_another_kind(family, gradient):
+def test_gradients_of_another_kind_go_the_usual_way(family):
+    """Perturbed problems of LPGD may need Clarabel too, without which their gradients would be zero."""
     values = family.batch(np.random.default_rng(0), 2)
     (_, expected), (_, actual) = (
-        outputs_and_gradients(build(family, gradient=gradient, compiled=c), values, np.random.default_rng(1))
+        outputs_and_gradients(build(family, gradient=LPGD(0.1), compiled=c), values, np.random.default_rng(1))
         for c in (False, True)
     )
-    for x, y in zip(expected, actual, strict=True):
-        assert_close(y.numpy(), x.numpy(), 1e-6)
+    assert all(torch.equal(x, y) for x, y in zip(expected, actual, strict=True))
 
 
 def test_what_stays_unfinished_goes_the_usual_way():

@@ -107,7 +107,5 @@ def surrogate_gradient(values, inputs, backward):
 
     attach.defvjp(lambda values, inputs: (values, (values, inputs)), run_backward)
     values = [lax.stop_gradient(v) for v in values]
-    inputs = alike([*inputs, *values])[
-        : len(inputs)
-    ]  # where devices share some, cotangents would not be alike
-    return attach(tuple(values), tuple(inputs))
+    # The cotangents of inputs that devices share would differ between them.
+    return attach(tuple(values), tuple(alike([*inputs, *values])[: len(inputs)]))
