@@ -186,6 +186,16 @@ class Ops(Protocol):
         """
         ...
 
+    def repeat_on_rows(
+        self, needed: Callable, function: Callable, data: Sequence[Array], ndims: Sequence[int], state: Any
+    ) -> Any:
+        """`state = function(k, data, state)` for k = 1, 2, ... while any row of `needed(state)` (B,) holds.
+
+        As with `on_rows`, rows that are not needed stay as they are, from then on, and may be left out. All
+        of the state is batched.
+        """
+        ...
+
     def in_blocks(
         self, function: Callable, arrays: Sequence[Array], ndims: Sequence[int], size: int
     ) -> list[Array]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import math
+from functools import partial
 from threading import Lock
 
 import numpy as np
@@ -139,6 +140,14 @@ def on_chosen(rows, batch, function, data, ndims, state, put_rows):
     part = [x[rows] if batched else x for x, batched in zip(data, is_batched, strict=True)]
     result = function(part, tree_map(lambda x: x[rows] if len(x) == batch else x, state))
     return tree_map(lambda old, new: put_rows(old, rows, new) if len(old) == batch else new, state, result)
+
+
+def repeat_on_rows(needed, function, data, ndims, state, on_rows=on_rows):
+    k = 0
+    while (mask := needed(state)).any():
+        k += 1
+        state = on_rows(mask, partial(function, k), data, ndims, state)
+    return state
 
 
 # Of the largest array. With half of it dense problems of 100 variables take 5 % less, but those in curved

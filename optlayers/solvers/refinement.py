@@ -7,7 +7,6 @@ best point seen is kept. The factor of the step that led to it is kept too, for 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 from ..cones import Cones
@@ -130,11 +129,6 @@ def refine(
         needed = needed & (best.residual > target) & ((k < steps) | (error < 0.1 * last))
         return best, needed, (x, v), (F, error, linearization)
 
-    def body(carry):
-        k, state = carry[0] + 1, carry[1]
-        data, ndims = (*problem, *relative_to), (*Problem.ndims, *Units.ndims)
-        return k, ops.on_rows(state[1], partial(step, k), data, ndims, state)
-
     relative_to = units(ops, problem, scaling)
     F, error, is_resolved, linearization = evaluate(ops, cones, problem, relative_to, *start)
     # The factor kept is none of this point; e = 1 says so.
@@ -143,4 +137,5 @@ def refine(
     x, v, residual = select(ops, better, (*start, error), best[:3])
     best = Point(x, v, residual, kept)
     state = best, needs_step(best) & (steps > 0), start, (F, error, linearization)
-    return ops.while_loop(lambda carry: ops.any(carry[1][1]), body, (0, state))[1][0]
+    data, ndims = (*problem, *relative_to), (*Problem.ndims, *Units.ndims)
+    return ops.repeat_on_rows(lambda state: state[1], step, data, ndims, state)[0]

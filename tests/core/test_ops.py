@@ -1031,6 +1031,37 @@ def test_on_rows(ops, framework, masked):
         assert_close(actual, wanted)
 
 
+@pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "batched"])
+@pytest.mark.parametrize("rows", [2, 3, 100])
+def test_repeat_on_rows(ops, framework, host, monkeypatch, is_shared, rows):
+    """Each row takes the steps that it needs, with their numbers, whatever parts the batch comes in."""
+    if ops.__name__.endswith("jax"):
+        monkeypatch.setattr("jax.device_count", lambda: 1)
+        monkeypatch.setattr(ops.control, "PART_BYTES", 0)
+        monkeypatch.setattr(ops.control, "PART_ROWS", rows)
+    counts, M = np.array([3.0, 0.0, 1.0, 5.0, 2.0, 1.0, 4.0]), np.array([[0.0, 1.0], [1.0, 0.0]])
+    x = np.arange(14.0).reshape(7, 2)
+    data = [M if is_shared else np.stack(7 * [M]), x]
+
+    for seam, array in ((ops, framework.array), (host, np.array)):
+
+        def step(k, data, state, seam=seam):
+            (total, taken), left = state
+            M, x = data
+            active = left > 0
+            flipped = (M @ x[..., None])[..., 0]
+            total = seam.where(active[:, None], total + k * flipped, total)
+            return (total, seam.where(active, taken + 1, taken)), seam.where(active, left - 1, left)
+
+        zeros = array(0 * x), array(0 * counts)
+        (total, taken), left = seam.repeat_on_rows(
+            lambda state: state[1] > 0, step, [array(y) for y in data], (2, 1), (zeros, array(counts))
+        )
+        assert_close(total, (counts * (counts + 1) / 2)[:, None] * x[:, ::-1])
+        assert_close(taken, counts)
+        assert_close(left, 0 * counts)
+
+
 @pytest.mark.parametrize("block_bytes", [1, 64, 200, 10**6])
 def test_in_blocks(ops, framework, host, rng, monkeypatch, block_bytes):
     """The same as all at once, and on the host nothing larger than asked for, where less will do."""

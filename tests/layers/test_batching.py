@@ -53,12 +53,16 @@ def test_batch_equals_singles(layer, lead, batched, rng):
         assert_close(gradient, total, 1e-9, f"gradient of {name}")
 
 
-def test_batch_in_blocks(layer, rng, monkeypatch):
-    """As JAX cuts a batch on a CPU: solution, gradient and second derivatives are those of the whole."""
+@pytest.mark.parametrize("batched, counts", [("PqAb", {4}), ("qb", {4, 2})], ids=["all", "vectors"])
+def test_batch_in_blocks(layer, rng, monkeypatch, batched, counts):
+    """As JAX cuts a batch on a CPU: solution, gradient and second derivatives are those of the whole.
+
+    With matrices that the batch shares, what a few problems need longer is repeated in parts of the blocks.
+    """
     jax = pytest.importorskip("jax")
     if layer.frontend.name != "jax":
         pytest.skip("torch cuts batches by size alone")
-    values, weights = values_with(layer, rng, (7,), "PqAb"), rng.standard_normal((7, 4))
+    values, weights = values_with(layer, rng, (7,), batched), rng.standard_normal((7, 4))
     values[3][2] = np.inf  # one problem without solution
 
     def outcome():
@@ -72,10 +76,11 @@ def test_batch_in_blocks(layer, rng, monkeypatch):
     whole, loops, loop = outcome(), [], jax.lax.map
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(jax.lax, "map", lambda f, xs: loops.append(xs) or loop(f, xs))
-    monkeypatch.setattr("optlayers.ops.jax.control.BLOCK_ROWS", 2)
+    for name, value in (("BLOCK_ROWS", 2), ("SHARED_ROWS", 2), ("PART_BYTES", 0), ("PART_ROWS", 1)):
+        monkeypatch.setattr(f"optlayers.ops.jax.control.{name}", value)
     for part, wanted in zip(jax.tree.leaves(outcome()), jax.tree.leaves(whole), strict=True):
         assert_close(part, wanted, 1e-9)
-    assert loops and all(len(blocks) == 4 for blocks in loops)
+    assert {len(blocks) for blocks in loops} == counts
 
 
 def test_shard_map_with_constant_data(rng):

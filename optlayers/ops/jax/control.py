@@ -13,8 +13,10 @@ from ..numpy import batch_of, solve_small  # noqa: F401
 from .context import alike, steady
 
 # Of the largest array in a block, and the most rows: a small block waits for fewer problems that need long.
-# And the fewest rows where matrices are shared, on which each block repeats the work.
-BLOCK_BYTES, BLOCK_ROWS, SHARED_ROWS = 2**19, 128, 32
+# And the fewest rows where matrices are shared, on which each block repeats the work. What is repeated row by
+# row goes on in parts of such a block, for the same reason.
+BLOCK_BYTES, BLOCK_ROWS, SHARED_ROWS = 2**19, 128, 64
+PART_BYTES, PART_ROWS = 2**17, 4
 
 
 def while_loop(condition, body, state):
@@ -76,11 +78,37 @@ def on_rows(mask, function, data, ndims, state):
     return lax.cond(jnp.any(mask), function, lambda data, state: state, tuple(data), state)
 
 
+def repeat_on_rows(needed, function, data, ndims, state):
+    state, tree = jax.tree.flatten(state)
+
+    def repeat(*arrays):
+        data, state = arrays[: len(ndims)], tree.unflatten(arrays[len(ndims) :])
+        step = lambda carry: (carry[0] + 1, function(carry[0] + 1, data, carry[1]))
+        state = while_loop(lambda carry: jnp.any(needed(carry[1])), step, (0, state))[1]
+        return jax.tree.leaves(state)
+
+    arrays, own = [*data, *state], [*ndims, *(x.ndim - 1 for x in state)]
+    batch, is_batched = batch_of(arrays, own)
+    rows = batch
+    if not _has_matrices(is_batched, ndims):
+        largest = max(x.nbytes for x, own in zip(data, ndims, strict=True) if own > 1)
+        rows = max(PART_BYTES // max(largest, 1), PART_ROWS)
+    return tree.unflatten(_in_parts(repeat, arrays, batch, is_batched, rows))
+
+
 def in_blocks(function, arrays, ndims, size):
     batch, is_batched = batch_of(arrays, ndims)
     rows = min(BLOCK_BYTES // max(size * arrays[0].dtype.itemsize, 1), BLOCK_ROWS) or 1
-    if not any(batched and own > 1 for batched, own in zip(is_batched, ndims, strict=False)):
+    if not _has_matrices(is_batched, ndims):
         rows = max(rows, SHARED_ROWS)
+    return _in_parts(function, arrays, batch, is_batched, rows)
+
+
+def _has_matrices(is_batched, ndims):
+    return any(batched and own > 1 for batched, own in zip(is_batched, ndims, strict=False))
+
+
+def _in_parts(function, arrays, batch, is_batched, rows):
     # Over several devices the batch may be laid out, block by block or not: only they know. Under shard_map
     # it is what one of them has.
     is_whole = jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().are_all_axes_manual

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import numpy
 from ..numpy import cond, on_chosen, repeat, while_loop  # noqa: F401
 from .context import is_dual, is_known, is_transformed, outside, undifferentiated
 
@@ -29,6 +30,10 @@ def cond_or_both(condition, both, false, operand):
 def on_rows(mask, function, data, ndims, state):
     rows, put = torch.nonzero(mask)[:, 0], lambda x, rows, values: torch.index_copy(x, 0, rows, values)
     return on_chosen(rows, len(mask), function, data, ndims, state, put)
+
+
+def repeat_on_rows(needed, function, data, ndims, state):
+    return numpy.repeat_on_rows(needed, function, data, ndims, state, on_rows)
 
 
 def in_blocks(function, arrays, ndims, size):
