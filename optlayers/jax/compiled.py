@@ -12,20 +12,23 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from ..layers.conic import ConicLayer
-from ..layers.cvxpy import CvxpyProgram
+from ..layers.cvxpy import Solution
 from ..ops import jax as ops
 from ..ops.jax.context import alike
 from .sparse import HOST
 
 
-class CompiledProgram:
-    """`CvxpyProgram.solve` and its first derivatives in reverse mode, compiled once per set of shapes.
+class CompiledFunction:
+    """A function like `CvxpyProgram.solve` and its reverse mode, compiled once per set of shapes.
 
     Over several devices of the CPU the first batch axis is laid out, as far as it divides.
+
+    Args:
+        axes: numbers of axes of the values, without those of the batch.
     """
 
-    def __init__(self, program: CvxpyProgram):
-        self._program = program
+    def __init__(self, function: Callable[..., Solution], axes: Sequence[int]):
+        self._function, self._axes = function, axes
         self._forward = jax.jit(self._solve_and_pull, static_argnums=(0, 1, 2))
         self._backward = jax.jit(lambda pull, bars: pull(bars)[0])
 
@@ -70,10 +73,11 @@ class CompiledProgram:
 
     def _spread(self, layer, whole, values, warm, like):
         """`_solve` on as many devices as divide the first batch axis."""
-        own = [parameter.ndim for parameter in self._program.parameters]
-        leads = [x.shape[: x.ndim - k] for x, k in zip((*values, *warm), (*own, 1, 1, 1), strict=False)]
-        sizes, devices = [lead[0] for lead in leads if lead], jax.devices("cpu")
-        count = math.gcd(len(devices), *sizes) if any(sizes) else 1
+        own, devices = (*self._axes, 1, 1, 1), jax.devices("cpu")
+        leads = [x.shape[: max(x.ndim - k, 0)] for x, k in zip((*values, *warm), own, strict=False)]
+        common = next((lead for lead in leads if lead), (1,))
+        agree = all(lead in ((), common) for lead in leads)  # else it is for the function to tell
+        count = math.gcd(len(devices), common[0]) if agree and common[0] else 1
         if count == 1:
             return self._solve(layer, whole, values, warm, like)
         specs = [PartitionSpec("batch") if lead else PartitionSpec() for lead in leads]
@@ -85,7 +89,7 @@ class CompiledProgram:
         )(values, warm)
 
     def _solve(self, layer, whole, values, warm, like):
-        solution = self._program.solve(_FIRST_ORDER, HOST, layer, values, warm, like)
+        solution = self._function(_FIRST_ORDER, HOST, layer, values, warm, like)
         derived = [*solution.variables, *((solution.x, solution.s, solution.y) if whole else ())]
         return derived, [solution.status, solution.iterations, solution.residual, *solution.regularity]
 

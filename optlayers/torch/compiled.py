@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layers.conic import ConicLayer
-from ..layers.cvxpy import CvxpyProgram, Solution
+from ..layers.cvxpy import Solution
 from ..linalg.sensitivity import Regularity
 from ..ops import torch as ops
 from ..solvers.host import Host
@@ -21,17 +21,21 @@ from ..status import Status, check
 
 
 class CompiledProgram:
-    """`CvxpyProgram.solve` for tensors on the CPU, through JAX."""
+    """A function like `CvxpyProgram.solve` for tensors on the CPU, through JAX.
 
-    def __init__(self, program: CvxpyProgram):
+    Args:
+        axes: numbers of axes of the values, without those of the batch.
+    """
+
+    def __init__(self, function: Callable[..., Solution], axes: Sequence[int]):
         if not find_spec("jax"):
             raise ModuleNotFoundError("compiled=True needs JAX; pip install 'optlayers[jax]'")
         from ..jax import compiled
 
-        self._program, self._run = program, compiled.CompiledProgram(program)
+        self._arguments, self._run = (function, axes), compiled.CompiledFunction(function, axes)
 
     def __reduce__(self):  # without what is compiled
-        return type(self), (self._program,)
+        return type(self), self._arguments
 
     def solve(
         self,

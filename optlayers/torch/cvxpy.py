@@ -76,7 +76,8 @@ class CvxpyLayer(torch.nn.Module):
                 "gradient": gradient,
             },
         )
-        self._compiled = CompiledProgram(self._program) if compiled else None
+        axes = [parameter.ndim for parameter in self._program.parameters]
+        self._compiled = CompiledProgram(self._program.solve, axes) if compiled else None
         if verbose:
             print(self)
 

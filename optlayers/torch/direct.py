@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -9,10 +13,13 @@ from torch import Tensor
 from ..cones import Cones
 from ..docstring import continues
 from ..layers.approximate import LPGD, Smoothed
-from ..layers.conic import ConicSolution, conic_layer
+from ..layers.conic import ConicLayer, ConicSolution, conic_layer
+from ..layers.cvxpy import Solution
 from ..layers.direct import curved_part, solve_box, solve_cone
 from ..ops import torch as ops
+from ..ops.torch import host
 from . import sparse
+from .compiled import CompiledProgram
 
 
 @continues(solve_box)
@@ -30,9 +37,10 @@ def solve_qp(
     rescue: bool = True,
     gradient: str | Smoothed | LPGD = "exact",
     warm_start: ConicSolution | None = None,
+    compiled: bool = False,
 ) -> ConicSolution:
     """
-    P and A may also be sparse; see `optlayers.layers.sparse`.
+    P and A may also be sparse; see `optlayers.layers.sparse`. For `compiled` see `CvxpyLayer`.
 
     Example:
         >>> import torch
@@ -47,7 +55,7 @@ def solve_qp(
         options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
         return sparse.solve_qp(P, q, A, l, u, _point(warm_start), gradient=gradient, **options)
     layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient)
-    return solve_box(ops, layer, (P, q, A, l, u), _point(warm_start), q)
+    return _solve(None, layer, (P, q, A, l, u), warm_start, q, compiled)
 
 
 @continues(solve_cone)
@@ -65,9 +73,10 @@ def solve_conic(
     rescue: bool = True,
     gradient: str | Smoothed | LPGD = "exact",
     warm_start: ConicSolution | None = None,
+    compiled: bool = False,
 ) -> ConicSolution:
     """
-    P and A may also be sparse; see `optlayers.layers.sparse`.
+    P and A may also be sparse; see `optlayers.layers.sparse`. For `compiled` see `CvxpyLayer`.
 
     Example:
         >>> import torch
@@ -83,7 +92,45 @@ def solve_conic(
     layer = conic_layer(
         curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient
     )
-    return solve_cone(ops, layer, cones, (P, q, A, b), _point(warm_start), q)
+    return _solve(cones, layer, (P, q, A, b), warm_start, q, compiled)
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """`solve_cone`, or `solve_box` where there are no cones, of those arguments that are given."""
+
+    cones: Cones | None
+    given: tuple[bool, ...]
+
+    def solve(self, ops, calls, layer, values, warm, like) -> Solution:
+        rest = iter(values)
+        data = [next(rest) if given else None for given in self.given]
+        if self.cones is None:
+            return Solution((), *solve_box(ops, layer, data, warm, like))
+        return Solution((), *solve_cone(ops, layer, self.cones, data, warm, like))
+
+
+@functools.cache
+def _compiled(program: _Matrices) -> CompiledProgram:
+    return CompiledProgram(program.solve, list(itertools.compress((2, 1, 2, 1, 1), program.given)))
+
+
+def _solve(
+    cones: Cones | None,
+    layer: ConicLayer,
+    data: Sequence[Tensor | None],
+    warm_start: ConicSolution | None,
+    like: Tensor,
+    compiled: bool,
+) -> ConicSolution:
+    program = _Matrices(cones, tuple(x is not None for x in data))
+    values, warm = [x for x in data if x is not None], _point(warm_start)
+    plain = lambda values: program.solve(ops, None, layer, values, warm, like)
+    if compiled and layer.gradient is None and host.is_readable([*values, *warm]):
+        solution = _compiled(program).solve(plain, layer, True, values, warm, like.new_zeros(()))
+    else:
+        solution = plain(values)
+    return ConicSolution(*solution[1:])
 
 
 def _point(solution: ConicSolution | None) -> tuple[Tensor, ...]:

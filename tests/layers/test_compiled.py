@@ -14,7 +14,7 @@ from problems import FAMILIES, qp_shared
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
 
-from optlayers.torch import LPGD, CvxpyLayer, SolveError  # noqa: E402
+from optlayers.torch import LPGD, Cones, CvxpyLayer, SolveError, solve_conic, solve_qp  # noqa: E402
 
 ALL = FAMILIES | CONE_FAMILIES
 QUICK = ("qp", "mixture", "complex_fit")
@@ -155,6 +155,59 @@ def test_failures(family):
     (x,) = build(family, compiled=True, on_failure="mask")(*values)
     gradients = torch.autograd.grad(x.sum(), values)
     assert all(g.isfinite().all() for g in gradients) and (gradients[1][2] == 0).all()
+
+
+def box(dtype=torch.float64, **options):
+    """min 1/2 x'Px + q'x with A x <= u, u and q of each problem."""
+    rng = np.random.default_rng(0)
+    P, A = rng.standard_normal((2, 5, 5))
+    q, u = rng.standard_normal((4, 5)), rng.uniform(0.1, 1, (4, 5))
+    data = tensors((P @ P.T + np.eye(5), q, A, u), dtype)
+    return solve_qp(*data[:3], None, data[3], **options), data
+
+
+def ball(dtype=torch.float64, **options):
+    """min q'x with x_0 >= -0.1 and |A x + b| <= 1."""
+    rng = np.random.default_rng(0)
+    A, q = rng.standard_normal((8, 3, 3)), rng.standard_normal((8, 3))
+    rows = np.zeros((8, 5, 3))
+    rows[:, 0, 0], rows[:, 2:] = -1, A
+    data = tensors((q, rows, np.array([0.1, 1.0, 0.1, 0.0, -0.1])), dtype)
+    return solve_conic(None, *data, Cones(nonneg=1, soc=(4,)), **options), data
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solve", [box, ball])
+def test_programs_given_as_matrices(solve, dtype):
+    results = []
+    for compiled in (False, True):
+        solution, data = solve(dtype, compiled=compiled)
+        total = (solution.x**2).sum() + (solution.y * solution.s.detach().cos()).sum() + solution.s.sum()
+        gradients = torch.autograd.grad(total, data)
+        results.append([*solution[:6], *solution.regularity, *gradients])
+        again, _ = solve(dtype, compiled=compiled, warm_start=solution)
+        assert (again.iterations == 0).all() and (solution.iterations > 0).all()
+    for i, (x, y) in enumerate(zip(*results, strict=True)):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        if i != 5:  # the residuals are those of rounding
+            tolerance = 1e-3 if dtype == torch.float32 else 1e-8
+            assert_close(1.0 * y.detach().numpy(), 1.0 * x.detach().numpy(), tolerance)
+
+
+def test_second_derivatives_and_errors_of_matrices():
+    P, q = torch.eye(2, dtype=torch.double), torch.tensor([0.5, -2.0], dtype=torch.double)
+    bound = torch.ones(2, dtype=torch.double)
+    solve = lambda q: solve_qp(P, q, P, -bound, bound, compiled=True).x
+    assert torch.autograd.gradgradcheck(solve, (q.requires_grad_(),))
+    assert solve_qp(P, q, compiled=True).x.tolist() == [-0.5, 2]
+    messages = []
+    for compiled in (False, True):
+        with pytest.raises(SolveError) as error:
+            solve_qp(P, q.expand(4, 2), P, bound, -bound, compiled=compiled)
+        with pytest.raises(ValueError, match="batch axes") as misuse:
+            solve_qp(P, q.expand(4, 2), P, bound.expand(2, 2), compiled=compiled)
+        messages.append((str(error.value), str(misuse.value)))
+    assert messages[0] == messages[1]
 
 
 def test_changes_of_the_data_before_the_gradient_raise(family, layer):
