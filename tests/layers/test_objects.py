@@ -87,7 +87,9 @@ class Solutions:
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings(
-    "ignore:.*multi-threaded.*fork:DeprecationWarning", "ignore:os.fork:RuntimeWarning"
+    "ignore:.*multi-threaded.*fork:DeprecationWarning",
+    "ignore:os.fork:RuntimeWarning",
+    "ignore:This DataLoader will create:UserWarning",  # on a single core
 )
 def test_workers_of_a_data_loader(start, family):
     torch = pytest.importorskip("torch")
