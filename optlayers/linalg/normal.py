@@ -161,6 +161,7 @@ def cholesky_solve(ops: Ops, cones: Cones, cholesky: Array, local: tuple[Array, 
 
 def gram(ops: Ops, A: Array, weights: Array) -> Array:
     """A' diag(weights) A (B, n, n) for A (m, n) or (B, m, n) and weights (B, m) >= 0."""
+    A, weights = ops.rows_in_use(A, weights)
     m, n = A.shape[-2:]
     if A.ndim == 3 or n > weights.shape[0]:
         half = ops.sqrt(weights)[..., None] * (A if A.ndim == 3 else A[None])

@@ -130,6 +130,14 @@ class Ops(Protocol):
         """`x` plus diagonal matrices, `values` a number or (..., n). torch writes into `x`, a temporary."""
         ...
 
+    def rows_in_use(self, A: Array, weights: Array) -> tuple[Array, Array]:
+        """A (m, n) or (B, m, n) and its `weights` (B, m), or both without rows of weight zero.
+
+        NumPy leaves these out where they are the most, and gives (B, k, n) and (B, k); elsewhere no shape may
+        depend on values.
+        """
+        ...
+
     def cholesky(self, x: Array) -> Array:
         """Lower factor of each matrix; NaN throughout where it is not positive definite."""
         ...

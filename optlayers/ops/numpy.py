@@ -49,6 +49,18 @@ def take(x, indices, axis=-1):
     return np.take(x, indices, axis=axis)
 
 
+def rows_in_use(A, weights):
+    most = np.count_nonzero(weights, axis=-1).max(initial=0)
+    if 2 * most > weights.shape[-1] or A.shape[-1] < FEW_COLUMNS:
+        return A, weights
+    rows = np.argsort(weights == 0, axis=-1, kind="stable")[:, :most]
+    chosen = A[rows] if A.ndim == 2 else A[np.arange(len(A))[:, None], rows]
+    return chosen, np.take_along_axis(weights, rows, -1)
+
+
+FEW_COLUMNS = 16  # with fewer, to choose rows takes longer than the products with all of them
+
+
 def scatter_add(values, indices, size, start=None):
     order = np.argsort(indices, kind="stable")
     indices = indices[order]

@@ -441,6 +441,24 @@ def bad_lanes(n):
     return np.stack([x for pair in zip(bad, [good] * len(bad), strict=True) for x in pair])
 
 
+@pytest.mark.parametrize("shape", [(9, 20), (1, 9, 20), (3, 9, 20), (3, 9, 5)], ids=str)
+@pytest.mark.parametrize("used", [(0, 0, 0), (2, 0, 4), (2, 5, 0)], ids=str)
+def test_rows_in_use(ops, framework, host, rng, shape, used):
+    """Sums over all rows are those over the rows in use, of which the host has no more than the most."""
+    A, weights = rng.normal(size=shape), np.zeros((3, 9))
+    for row, count in zip(weights, used, strict=True):
+        row[rng.permutation(9)[:count]] = rng.uniform(1, 2, count)
+    whole = np.broadcast_to(A, (3, *shape[-2:]))
+    expected = np.einsum("bki,bk,bkj->bij", whole, weights, whole)
+    for seam, array in ((ops, framework.array), (host, np.array)):
+        rows, left = map(numpy, seam.rows_in_use(array(A), array(weights)))
+        is_cut = seam is host and max(used) <= 4 and shape[-1] == 20
+        assert left.shape == (3, max(used) if is_cut else 9)
+        assert rows.shape == ((3, max(used), 20) if is_cut else shape)
+        rows = np.broadcast_to(rows, (3, *rows.shape[-2:]))
+        assert_close(np.einsum("bki,bk,bkj->bij", rows, left, rows), expected)
+
+
 def test_cholesky_fails_by_lane(ops, framework, dtype):
     x = bad_lanes(3).astype(dtype)
     factors, alone = (numpy(framework.fast(ops.cholesky)(framework.array(x))) for x in (x, x[1::2]))

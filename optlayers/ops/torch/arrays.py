@@ -118,6 +118,10 @@ def argsort(x):
     return torch.argsort(x, dim=-1, stable=True)
 
 
+def rows_in_use(A, weights):
+    return A, weights
+
+
 def scatter_add(values, indices, size, start=None):
     start = torch.zeros((), dtype=values.dtype, device=values.device) if start is None else start
     return torch.index_add(start.expand(*values.shape[:-1], size), -1, indices, values)
