@@ -176,8 +176,15 @@ def ball(dtype=torch.float64, **options):
     return solve_conic(None, *data, Cones(nonneg=1, soc=(4,)), **options), data
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("solve", [box, ball])
+@pytest.mark.parametrize(
+    ("solve", "dtype"),
+    [
+        (box, torch.float64),
+        (ball, torch.float32),
+        pytest.param(box, torch.float32, marks=pytest.mark.slow),
+        pytest.param(ball, torch.float64, marks=pytest.mark.slow),
+    ],
+)
 def test_programs_given_as_matrices(solve, dtype):
     results = []
     for compiled in (False, True):
