@@ -91,8 +91,8 @@ def repeat_on_rows(needed, function, data, ndims, state):
     batch, is_batched = batch_of(arrays, own)
     rows = batch
     if not _has_matrices(is_batched, ndims):
-        largest = max(x.nbytes for x, own in zip(data, ndims, strict=True) if own > 1)
-        rows = max(PART_BYTES // max(largest, 1), PART_ROWS)
+        largest = max([1, *(x.nbytes for x, own in zip(data, ndims, strict=True) if own > 1)])
+        rows = max(PART_BYTES // largest, PART_ROWS)
     return tree.unflatten(_in_parts(repeat, arrays, batch, is_batched, rows))
 
 
