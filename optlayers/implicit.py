@@ -1,7 +1,8 @@
 """Derivatives of the root y of F(y, theta) = 0, for every order and mode at once.
 
-A solver returns the root y0 and a way to apply J0^-1, J0 = dF/dy (y0, theta0); neither is differentiated.
-Then chord steps are taken in ordinary operations of the framework,
+A solver returns the root y0 and a way to apply J0^-1, J0 = dF/dy (y0, theta0); neither is differentiated. In
+JAX the derivative is then a linear solve, J dy = -dF, which is differentiated in turn. In torch chord steps
+are taken in ordinary operations,
 
     y <- y - J0^-1 F(y, theta),
 
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .ops import Array, Ops
+from .ops import Array, MatrixFreeOps, Ops
 
 
 def attach(
@@ -31,11 +32,9 @@ def attach(
         residual: y to F(y, theta), written in differentiable operations of theta and y.
         solve: r to J0^-1 r, linear in r, with J0^-1 constant; or what has its derivatives and value zero.
         root: y0, detached.
-        order: number of chord steps, at least 1.
+        order: at least 1.
     """
-    y = root
-    for _ in range(order):
-        y = y - solve(residual(y))
+    y = ops.implied(residual, solve, root, order)
     return ops.guard(
         y, order, f"derivatives of order above {order} were asked for; build the layer with order={order + 1}"
     )
@@ -50,7 +49,7 @@ class Implicit:
     linear_solve: Callable[[Callable, Array], Array] | None = None
     order: int = 2
 
-    def apply(self, ops: Ops, *theta: Any) -> Array:
+    def apply(self, ops: MatrixFreeOps, *theta: Any) -> Array:
         root = ops.call_detached(self.solve, *theta)
         shape = tuple(root.shape)
 
@@ -65,10 +64,10 @@ class Implicit:
 
         return attach(ops, residual, self._inverse(ops, residual, root), root, self.order)
 
-    def _inverse(self, ops: Ops, residual: Callable, root: Array) -> Callable[[Array], Array]:
-        if self.linear_solve is not None:
-            tangent = ops.frozen_jvp(residual, root)
-            return lambda r: self.linear_solve(tangent, r)  # type: ignore[misc]
+    def _inverse(self, ops: MatrixFreeOps, residual: Callable, root: Array) -> Callable[[Array], Array]:
+        linear_solve = self.linear_solve
+        if linear_solve:
+            return lambda r: ops.solve_increment(residual, root, linear_solve, r)
         return dense_inverse(ops, residual, root)
 
 

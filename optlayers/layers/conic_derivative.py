@@ -1,7 +1,7 @@
 """Derivatives of the solution of a cone program in its data, from the KKT equations at the solution.
 
-`derived` has those of every order and mode, by chord steps (see `optlayers.implicit`); `adjoint` is the first
-one in reverse mode, written out, for torch: without a tape, and in NumPy where a call is small.
+`derived` has those of every order and mode (see `optlayers.implicit`); `adjoint` is the first one in reverse
+mode, written out, for torch: without a tape, and in NumPy where a call is small.
 """
 
 from __future__ import annotations

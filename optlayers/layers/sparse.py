@@ -1,8 +1,8 @@
 """The cone program with sparse P and A as a differentiable map; see `optlayers.layers.conic` for the program.
 
 The problem is solved on the host, where one sparse factorisation serves Newton's refinement and the
-derivative. The derivative is taken by chord steps whose residual is made of gathers and scatters over the
-entries of P and A: gradients of matrices are vectors of as many entries, and no matrix is ever dense.
+derivative. That is the derivative of a residual made of gathers and scatters over the entries of P and A:
+gradients of matrices are vectors of as many entries, and no matrix is ever dense.
 
 P stands for (P + P') / 2, so that with u = J^-T (x_bar, 0) its entries have the gradient
 -(u_i x_j + x_i u_j) / 2.

@@ -261,10 +261,6 @@ class Ops(Protocol):
         """`function(*args)` with no derivative with respect to anything."""
         ...
 
-    def frozen_jvp(self, function: Callable, x: Array) -> Callable:
-        """The map dx to (d function / dx at x) dx with constant coefficients, linear in dx."""
-        ...
-
     def increment(self, solve: Callable[..., Array], r: Array, *frozen: Array) -> Array:
         """Zero, whose derivative in r is a linear map: solve(r, False, *frozen) of a tangent.
 
@@ -274,6 +270,12 @@ class Ops(Protocol):
             solve: (r, transposed, *frozen) to a linear map of r, or to its transpose. With `frozen` it has
                 all arrays that it needs.
         """
+        ...
+
+    def implied(
+        self, residual: Callable[[Array], Array], solve: Callable[[Array], Array], root: Array, order: int
+    ) -> Array:
+        """The detached `root`, with its derivatives up to `order`; for the arguments see `attach`."""
         ...
 
     def jacobian(self, function: Callable, x: Array) -> Array:

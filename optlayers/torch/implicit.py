@@ -35,8 +35,8 @@ def implicit(
         residual: (z, *theta) to a tensor of the shape of z that is zero at the solution, written in torch
             operations; row i may depend on row i of z only. It may close over parameters of modules: their
             gradients arrive.
-        linear_solve: (J, r) to J^-1 r, where J(dz) is the derivative of the residual in z; written in
-            operations that torch can differentiate in r. By default the Jacobians (B, k, k) are formed and
+        linear_solve: (J, r) to J^-1 r, where J(dz) is the derivative of the residual in z, in reverse mode
+            the transpose of that; never differentiated. By default the Jacobians (B, k, k) are formed and
             factorised, k entries of z per row.
         order: how many derivatives are right; more raise NotImplementedError.
 

@@ -703,19 +703,6 @@ def test_call_detached(ops, framework):
     assert_no_derivatives(framework, lambda x: ops.call_detached(lambda z: x * z, x**2), x)
 
 
-def test_frozen_jvp(ops, framework, rng):
-    x, dx = framework.array(rng.normal(size=(2, 3))), framework.array(rng.normal(size=(2, 3)))
-
-    def tangent(x, dx):
-        return ops.frozen_jvp(lambda z: z**3, x)(dx)
-
-    assert_close(tangent(x, dx), numpy(3 * x**2 * dx))
-    # Linear in dx, and constant in x.
-    x_bar, dx_bar = framework.vjp(tangent, x, dx)[1](x)
-    assert_close(x_bar, np.zeros((2, 3)))
-    assert_close(dx_bar, numpy(3 * x**3))
-
-
 JACOBIANS = {
     (4, 3): (
         lambda ops, z: z * ops.sum(z, -1, keepdims=True),
@@ -1339,6 +1326,21 @@ def test_increment_of_any_order(ops, framework, modes):
     function = lambda x: ops.increment(scale, x**3, framework.array(np.full(2, 3.0)))
     derivative = framework.fast(differentiate(framework, function, modes))(framework.array(x))
     assert_close(derivative, 3 * CUBE_DERIVATIVES[len(modes)](x))
+
+
+@pytest.mark.parametrize("modes", SEQUENCES, ids="-".join)
+def test_implied(ops, framework, modes):
+    """The derivatives of the cube root of t, from y^3 = t; its value is the given one."""
+    t, n = np.array([0.5, -1.5]), len(modes)
+    y = np.cbrt(t)
+    scale = lambda r, transposed, factor: factor * r
+
+    def root(t):
+        inverse = lambda r: ops.increment(scale, r, framework.array(1 / (3 * y**2)))
+        return ops.implied(lambda y: y**3 - t, inverse, framework.array(y), max(n, 1))
+
+    expected = [y, y / (3 * t), -2 * y / (9 * t**2), 10 * y / (27 * t**3)][n]
+    assert_close(framework.fast(differentiate(framework, root, modes))(framework.array(t)), expected)
 
 
 # Functions that are called for their derivatives only

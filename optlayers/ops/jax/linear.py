@@ -20,10 +20,6 @@ def frozen(function, x):
     return lambda z: jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr.jaxpr, constants))(z)[0]
 
 
-def frozen_jvp(function, x):
-    return lambda dx: jax.jvp(function, (lax.stop_gradient(x),), (dx,))[1]
-
-
 def jacobian(function, x):
     size, x = math.prod(x.shape[1:]), lax.stop_gradient(x)
 

@@ -64,6 +64,20 @@ def replayed(values, replay, sweep, inputs):
     return [lax.stop_gradient(v) + c for v, c in zip(values, changes, strict=True)]
 
 
+def implied(residual, solve, root, order):
+    if order == 1:
+        return root - solve(residual(root))
+
+    # More of these steps would all be taken for a first derivative, of which JAX does not tell that no second
+    # one follows. So it is one solve with the live Jacobian, whose derivatives are solves again.
+    def solve_tangent(tangent, r):
+        inverse = lambda r: jax.jvp(solve, (jnp.zeros_like(r),), (r,))[1]
+        transposed = lambda _, r: jax.linear_transpose(inverse, r)(r)[0]
+        return lax.custom_linear_solve(tangent, r, lambda _, r: inverse(r), transposed)
+
+    return lax.custom_root(residual, alike([root, residual(root)])[0], lambda _, root: root, solve_tangent)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _one(x, order, message):
     """The number one, formally a function of x, whose derivatives exist up to `order`."""

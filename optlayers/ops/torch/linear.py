@@ -20,10 +20,6 @@ def frozen(function, x):
     return detached
 
 
-def frozen_jvp(function, x):
-    return lambda dx: torch.func.jvp(lambda z: function(z), (x.detach(),), (dx,))[1]
-
-
 def jacobian(function, x):
     size, x = math.prod(x.shape[1:]), x.detach()
     basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])

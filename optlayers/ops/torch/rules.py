@@ -149,6 +149,12 @@ def _keep_whole():
     torch.compiler.allow_in_graph(_zero)
 
 
+def implied(residual, solve, root, order):
+    for _ in range(order):
+        root = root - solve(residual(root))
+    return root
+
+
 def guard(x, order, message):
     if torch.compiler.is_compiling():
         _keep_whole()
