@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import types
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +23,9 @@ from .sparse import HOST
 class CompiledFunction:
     """A function like `CvxpyProgram.solve` and its reverse mode, compiled once per set of shapes.
 
-    Over several devices of the CPU the first batch axis is laid out, as far as it divides.
+    The first batch axis is filled up to the size of a program that is there already, of up to twice as many
+    problems, or from the second program on to a power of two. Over several devices of the CPU it is laid out,
+    as far as it divides.
 
     Args:
         axes: numbers of axes of the values, without those of the batch.
@@ -29,6 +33,7 @@ class CompiledFunction:
 
     def __init__(self, function: Callable[..., Solution], axes: Sequence[int]):
         self._function, self._axes = function, axes
+        self._sizes: dict[Any, set[int]] = {}
         self._forward = jax.jit(self._solve_and_pull, static_argnums=(0, 1, 2))
         self._backward = jax.jit(lambda pull, bars: pull(bars)[0])
 
@@ -51,16 +56,47 @@ class CompiledFunction:
             The arrays with derivatives; status, iterations, residual, and regularity of x and y; and the map
             from cotangents of the first, None for zero, to those of the values that are needed.
         """
+        static, leads = (layer, whole, tuple(needed)), self._leads([*values, *warm])
+        arrays, own = self._filled((*static, like.dtype), [*values, *warm], leads)
+        values, warm = arrays[: len(values)], arrays[len(values) :]
         with _on_cpu():
-            outputs, pull, facts = self._forward(layer, whole, tuple(needed), list(values), list(warm), like)
-            outputs, facts = (list(map(np.array, arrays)) for arrays in (outputs, facts))
+            results, pull, facts = self._forward(*static, values, warm, like)
+            outputs, facts = ([np.array(np.asarray(x)[own]) for x in y] for y in (results, facts))
+        forms = [(x.shape, x.dtype) for x in results]
 
         def pull_back(bars: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-            full = [np.zeros_like(y) if bar is None else bar for bar, y in zip(bars, outputs, strict=True)]
+            full = [np.zeros(*form) for form in forms]
+            for x, bar in zip(full, bars, strict=True):
+                if bar is not None:
+                    x[own] = bar
             with _on_cpu():
-                return list(map(np.array, self._backward(pull, full)))
+                results = list(map(np.asarray, self._backward(pull, full)))
+            parts = (own if lead else ... for lead in itertools.compress(leads, needed))
+            return [np.array(x[part]) for x, part in zip(results, parts, strict=True)]
 
         return outputs, facts, pull_back
+
+    def _leads(self, arrays) -> list[tuple[int, ...]]:
+        """Batch axes of each; where they do not agree () for all, and the function will raise."""
+        axes = (*self._axes, 1, 1, 1)
+        leads = [x.shape[: max(x.ndim - k, 0)] for x, k in zip(arrays, axes, strict=False)]
+        return leads if len({*leads} - {()}) < 2 else [()] * len(leads)
+
+    def _filled(self, key, arrays, leads) -> tuple[list[np.ndarray], Any]:
+        """The arrays filled up to the size of a program, and the index of the rows that count."""
+        common = max(leads, default=())
+        if not common or not common[0]:
+            return arrays, ...
+        batch, is_batched = common[0], [bool(lead) for lead in leads]
+        own = [(x.dtype, x.shape[lead:]) for x, lead in zip(arrays, is_batched, strict=True)]
+        sizes = self._sizes.setdefault((*key, *own, *is_batched), set())
+        size = min((size for size in sizes if batch <= size <= 2 * batch), default=0)
+        if not size:
+            size = 1 << (batch - 1).bit_length() if sizes else batch
+            sizes.add(size)
+        rows = np.minimum(np.arange(size), batch - 1)
+        filled = [x[rows] if lead and size > batch else x for x, lead in zip(arrays, is_batched, strict=True)]
+        return filled, slice(batch)
 
     def _solve_and_pull(self, layer, whole, needed, values, warm, like):
         def solve(live):
@@ -73,11 +109,9 @@ class CompiledFunction:
 
     def _spread(self, layer, whole, values, warm, like):
         """`_solve` on as many devices as divide the first batch axis."""
-        own, devices = (*self._axes, 1, 1, 1), jax.devices("cpu")
-        leads = [x.shape[: max(x.ndim - k, 0)] for x, k in zip((*values, *warm), own, strict=False)]
-        common = next((lead for lead in leads if lead), (1,))
-        agree = all(lead in ((), common) for lead in leads)  # else it is for the function to tell
-        count = math.gcd(len(devices), common[0]) if agree and common[0] else 1
+        leads, devices = self._leads([*values, *warm]), jax.devices("cpu")
+        common = max(leads, default=())
+        count = math.gcd(len(devices), common[0]) if common and common[0] else 1
         if count == 1:
             return self._solve(layer, whole, values, warm, like)
         specs = [PartitionSpec("batch") if lead else PartitionSpec() for lead in leads]

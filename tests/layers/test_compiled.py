@@ -103,6 +103,32 @@ def test_the_whole_solution_and_a_warm_start(family, layer):
             assert_close(actual.numpy(), expected.numpy(), 1e-7)
     again = layer.solve(*tensors(values), warm_start=compiled)
     assert (again.iterations == 0).all() and (compiled.iterations > 0).all()
+    few = [v[:3] if v.ndim > p.ndim else v for v, p in zip(values, family.parameters, strict=True)]
+    start = compiled._replace(**{key: getattr(compiled, key)[:3] for key in ("x", "s", "y")})
+    again = layer.solve(*tensors(few), warm_start=start)
+    assert again.iterations.tolist() == [0, 0, 0]
+    assert_close(again.x.detach().numpy(), compiled.x[:3].detach().numpy(), 1e-12)
+
+
+def test_batches_are_filled_up_to_the_size_of_a_program():
+    """A last problem is repeated, and counts once: in gradients of shared parameters and in errors, too."""
+    family = qp_shared()
+    layers = [build(family, compiled=compiled) for compiled in (False, True)]
+    programs = []
+    for batch in (4, 3, 2, 1, 5, 8, 4):
+        values = family.batch(np.random.default_rng(batch), batch)
+        results = [outputs_and_gradients(layer, values, np.random.default_rng(1)) for layer in layers]
+        for expected, actual in zip(*results, strict=True):
+            for x, y in zip(expected, actual, strict=True):
+                assert x.shape == y.shape
+                assert_close(y.detach().numpy(), x.detach().numpy(), 1e-8)
+        programs.append(layers[1]._compiled._run._forward._cache_size())
+    assert programs == [1, 1, 1, 2, 3, 3, 3]
+    values = tensors(family.batch(np.random.default_rng(0), 3))
+    with torch.no_grad():
+        values[1][2, 0] = torch.nan
+    with pytest.raises(SolveError, match=r"^1 of 3 problems were not solved:\s+batch index \(2,\)"):
+        layers[1](*values)
 
 
 def test_what_it_does_not_serve_goes_the_usual_way(family, layer):
