@@ -57,7 +57,7 @@ class CompiledFunction:
             from cotangents of the first, None for zero, to those of the values that are needed.
         """
         static, leads = (layer, whole, tuple(needed)), self._leads([*values, *warm])
-        arrays, own = self._filled((*static, like.dtype), [*values, *warm], leads)
+        arrays, own = self._filled(static[1:], [*values, *warm], leads)
         values, warm = arrays[: len(values)], arrays[len(values) :]
         with _on_cpu():
             results, pull, facts = self._forward(*static, values, warm, like)
@@ -88,15 +88,16 @@ class CompiledFunction:
         if not common or not common[0]:
             return arrays, ...
         batch, is_batched = common[0], [bool(lead) for lead in leads]
-        own = [(x.dtype, x.shape[lead:]) for x, lead in zip(arrays, is_batched, strict=True)]
+        own = [x.shape[lead:] for x, lead in zip(arrays, is_batched, strict=True)]
         sizes = self._sizes.setdefault((*key, *own, *is_batched), set())
         size = min((size for size in sizes if batch <= size <= 2 * batch), default=0)
         if not size:
             size = 1 << (batch - 1).bit_length() if sizes else batch
             sizes.add(size)
-        rows = np.minimum(np.arange(size), batch - 1)
-        filled = [x[rows] if lead and size > batch else x for x, lead in zip(arrays, is_batched, strict=True)]
-        return filled, slice(batch)
+        if size > batch:
+            rows = np.minimum(np.arange(size), batch - 1)
+            arrays = [x[rows] if lead else x for x, lead in zip(arrays, is_batched, strict=True)]
+        return arrays, slice(batch)
 
     def _solve_and_pull(self, layer, whole, needed, values, warm, like):
         def solve(live):
