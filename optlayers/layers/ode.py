@@ -124,6 +124,8 @@ class InitialValueProblem:
             inputs[0] = flow(lambda t, y: system.field(t, y, theta), times[:, 0], y, early)
         solved = Solved(ops, method, system, grid, inputs, results, end, log, outcome)
         results, end = self.adjoint(solved, self.order)
+        start = ops.where(count[:, None] > 0, y, ops.nan)  # as it is, when times move
+        results = ops.concat([start[:, None], results[:, 1:]], 1)
         results = self._on_failure(solved, results)
         info = _info(axes, solved, results, end, order, sign, self.order)
         return axes.state(results[:, : times.shape[1]]), info

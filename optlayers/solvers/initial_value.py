@@ -62,7 +62,10 @@ class Grid(NamedTuple):
         return ops.take_rows(self.outputs, ops.maximum(self.count - 1, 0)[:, None])[:, 0]
 
     def blank(self, ops: MatrixFreeOps, y: Array) -> Array:
-        return ops.full((y.shape[0], self.rows + 1, y.shape[1]), ops.nan, y) + 0 * y[:, None]
+        """Results of which only the first is known, where it is asked for: the start y."""
+        start = ops.where(self.count[:, None] > 0, y, ops.nan)[:, None]
+        rest = ops.full((y.shape[0], self.rows, y.shape[1]), ops.nan, y) + 0 * y[:, None]
+        return ops.concat([start, rest], 1)
 
     def jump_rows(self, ops: MatrixFreeOps, jump: Array) -> Array:
         """Where the states before and after jumps (B,), -1 for none, go in the results (B, 2)."""
@@ -270,7 +273,8 @@ class _Loop:
         g = self.event(t, fixed_y)
         h, inf = self._first_step(t, fixed_y, fixed_f), 0 * t + ops.inf
         results = grid.blank(ops, y)
-        return _State(0, t, y, f, h, 0 * t + 1, zero, first_jump, g, inf, outcome, log, results, totals)
+        row = zero + ops.minimum(grid.count, 1)
+        return _State(0, t, y, f, h, 0 * t + 1, row, first_jump, g, inf, outcome, log, results, totals)
 
     def _first_step(self, t, y, f):
         """Hairer, Norsett and Wanner (1993), II.4; all that is left, for methods of fixed step."""
