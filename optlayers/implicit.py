@@ -1,8 +1,8 @@
 """Derivatives of the root y of F(y, theta) = 0, for every order and mode at once.
 
 A solver returns the root y0 and a way to apply J0^-1, J0 = dF/dy (y0, theta0); neither is differentiated. In
-JAX the derivative is then a linear solve, J dy = -dF, which is differentiated in turn. In torch chord steps
-are taken in ordinary operations,
+JAX, but for `shard_map`, the derivative is then a linear solve, J dy = -dF, which is differentiated in turn.
+Else chord steps are taken in ordinary operations,
 
     y <- y - J0^-1 F(y, theta),
 

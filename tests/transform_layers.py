@@ -353,7 +353,7 @@ LAYERS = {
         exact_satisfiability,
         (np.array([[-1.0, 0.6, 0.8], [-0.5, -0.7, 0.9]]), np.array([[0.3, 0.0], [0.8, 0.0]])),
         (0,),
-        refuses={"torch": NOT_TRACED, "jax": {"shard_map": "varying"}},
+        refuses={"torch": NOT_TRACED, "jax": {"shard_map": "check_vma=False"}},
     ),
     "implicit": LayerCase(
         cube_root,

@@ -24,8 +24,8 @@ class CompiledFunction:
     """A function like `CvxpyProgram.solve` and its reverse mode, compiled once per set of shapes.
 
     The first batch axis is filled up to the size of a program that is there already, of up to twice as many
-    problems, or from the second program on to a power of two. Over several devices of the CPU it is laid out,
-    as far as it divides.
+    problems. New programs are for powers of two, unless a batch is more than twice the largest one so far.
+    Over several devices of the CPU the axis is laid out, as far as it divides.
 
     Args:
         axes: numbers of axes of the values, without those of the batch.
@@ -92,7 +92,7 @@ class CompiledFunction:
         sizes = self._sizes.setdefault((*key, *own, *is_batched), set())
         size = min((size for size in sizes if batch <= size <= 2 * batch), default=0)
         if not size:
-            size = 1 << (batch - 1).bit_length() if sizes else batch
+            size = batch if batch > 2 * max(sizes, default=0) else 1 << (batch - 1).bit_length()
             sizes.add(size)
         if size > batch:
             rows = np.minimum(np.arange(size), batch - 1)

@@ -17,9 +17,14 @@ def zero(dtype, *arrays):
     return sum((jnp.where(False, x, nothing) for x in first), nothing)
 
 
+def is_manual():
+    """Whether this is for one of the devices of `jax.shard_map`."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def alike(arrays):
     """All as differing by device, where `jax.shard_map` keeps account of that, if one of them does."""
-    if not jax.sharding.get_abstract_mesh().manual_axes:
+    if not is_manual():
         return list(arrays)
     # Not Python's numbers, which have no type yet, and without derivatives, in which zeros would be added.
     own = [lax.stop_gradient(x) for x in arrays if isinstance(x, jax.Array)]

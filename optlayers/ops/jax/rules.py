@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .context import alike, steady, zero
+from .context import alike, is_manual, steady, zero
 
 
 def leaf(solve, inputs):
@@ -65,17 +65,20 @@ def replayed(values, replay, sweep, inputs):
 
 
 def implied(residual, solve, root, order):
-    if order == 1:
-        return root - solve(residual(root))
+    # All chord steps would be taken for a first derivative: JAX does not tell that no second one follows. So
+    # it is one solve with the live Jacobian, whose derivatives are solves again; but not under `shard_map`,
+    # where JAX mistakes what the devices share in the Jacobian for what differs between them.
+    if order == 1 or is_manual():
+        for _ in range(order):
+            root = root - solve(residual(root))
+        return root
 
-    # More of these steps would all be taken for a first derivative, of which JAX does not tell that no second
-    # one follows. So it is one solve with the live Jacobian, whose derivatives are solves again.
     def solve_tangent(tangent, r):
         inverse = lambda r: jax.jvp(solve, (jnp.zeros_like(r),), (r,))[1]
         transposed = lambda _, r: jax.linear_transpose(inverse, r)(r)[0]
         return lax.custom_linear_solve(tangent, r, lambda _, r: inverse(r), transposed)
 
-    return lax.custom_root(residual, alike([root, residual(root)])[0], lambda _, root: root, solve_tangent)
+    return lax.custom_root(residual, root, lambda _, root: root, solve_tangent)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
