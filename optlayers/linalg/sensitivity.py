@@ -76,6 +76,9 @@ def solve_sensitivity(
     J = lambda d: apply(ops, cones, P, A, factor.linearization, *d, transposed)
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])
 
+    def refined(F):
+        return solve_refined(ops, cones, P, A, factor, F, transposed)
+
     def least_squares(F):
         # With the residual in the state one body serves the first solve and the iterations on its residual.
         def improve(state):
@@ -86,6 +89,7 @@ def solve_sensitivity(
 
         return ops.repeat(3, improve, ((0 * F[0], 0 * F[1]), F))[0]
 
-    refined = solve_refined(ops, cones, P, A, factor, F, transposed)
-    mend = lambda parts: select(ops, singular, least_squares(parts[0]), parts[1])
-    return ops.cond_or_both(ops.any(singular), mend, lambda parts: parts[1], (F, refined))
+    def both(F):
+        return select(ops, singular, least_squares(F), refined(F))
+
+    return ops.cond_or_both(ops.any(singular), both, refined, F)

@@ -100,16 +100,30 @@ def test_shard_map_with_constant_data(rng):
     assert_close(back(jax.numpy.asarray(weights))[0], (along * value - weights) / size, 1e-9)
 
 
-def test_shard_map_of_lpgd(rng):
-    """With data that the devices share."""
+def nearest(**options):
+    c, x = cp.Parameter(3), cp.Variable(3)
+    objective = cp.Minimize(cp.sum_squares(x) + c @ x)
+    return cp.Problem(objective, [x >= 0, cp.sum(x) <= 1]), c, x, options
+
+
+def correlation():
+    C, X = cp.Parameter((6, 6), symmetric=True), cp.Variable((6, 6), PSD=True)
+    return cp.Problem(cp.Minimize(cp.trace(C @ X)), [cp.diag(X) == 1]), C, X, {}
+
+
+@pytest.mark.parametrize(
+    "case", [nearest(gradient="lpgd"), nearest(), correlation()], ids=["lpgd", "qp", "sdp"]
+)
+def test_shard_map_with_data_that_devices_share(case, rng):
+    """Gradients are those without."""
     jax = pytest.importorskip("jax")
     from optlayers.jax import CvxpyLayer
 
-    c, x = cp.Parameter(3), cp.Variable(3)
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + c @ x), [x >= 0, cp.sum(x) <= 1])
-    layer = CvxpyLayer(problem, [c], [x], gradient="lpgd")
+    problem, c, x, options = case
+    layer = CvxpyLayer(problem, [c], [x], **options)
     axis, mesh = jax.sharding.PartitionSpec("batch"), jax.sharding.Mesh(jax.devices()[:2], ("batch",))
-    value, weights = map(jax.numpy.asarray, rng.standard_normal((2, 4, 3)))
+    value, weights = map(jax.numpy.asarray, rng.standard_normal((2, 4, *c.shape)))
+    value = value if c.ndim == 1 else value + value.mT
     solve = lambda c: layer(c)[0]
     split = jax.shard_map(solve, mesh=mesh, in_specs=axis, out_specs=axis)
     gradient = lambda solve: jax.jit(jax.grad(lambda c: (weights * solve(c)).sum()))(value)
