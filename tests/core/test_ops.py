@@ -1337,9 +1337,10 @@ def test_implied(ops, framework, modes):
 
     def root(t):
         inverse = lambda r: ops.increment(scale, r, framework.array(1 / (3 * y**2)))
-        return ops.implied(lambda y: y**3 - t, inverse, framework.array(y), max(n, 1))
+        return ops.implied(lambda y: y**3 - t, inverse, framework.array(y), n)
 
-    expected = [y, y / (3 * t), -2 * y / (9 * t**2), 10 * y / (27 * t**3)][n]
+    assert_close(root(framework.array(t)), y)
+    expected = [y / (3 * t), -2 * y / (9 * t**2), 10 * y / (27 * t**3)][n - 1]
     assert_close(framework.fast(differentiate(framework, root, modes))(framework.array(t)), expected)
 
 
