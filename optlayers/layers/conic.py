@@ -19,7 +19,7 @@ from ..cones import Cones
 from ..linalg import normal
 from ..linalg.kkt import Factor, Problem, factorize_at
 from ..linalg.products import batched, split_hessian
-from ..linalg.rows import flatten, linearize, project_linearized, shapes
+from ..linalg.rows import flatten, project_linearized, shapes
 from ..linalg.sensitivity import Regularity, prepare
 from ..ops import Array, Ops, select
 from ..solvers.admm import ADMM
@@ -186,12 +186,10 @@ class ConicSolve:
             (l, u), linearization = problem.bounds, best.factor.linearization
             lower = ops.where(best.v <= l, 1.0, ops.where(best.v >= u, 0.0, linearization.lower))
             return best.factor._replace(linearization=linearization._replace(lower=lower))
-        # Refinement leaves a factor of the point before, but linearized at the final one, unless e = 1.
-        anew = lambda _: linearize(ops, self.cones, problem.bounds, best.v)
-        old = best.factor.linearization
-        linearization = ops.cond(ops.any(best.factor.e >= 1), anew, lambda old: old, old)
-        e = ops.full((best.x.shape[0], 1), smallest_regularization(ops, best.x), best.x)
-        return factorize_at(ops, self.cones, problem, linearization, e)
+        # Refinement's is of the point before, but linearized at this one. With e = 1 it is to be made anew.
+        old = best.factor
+        e = ops.where(old.e < 1, smallest_regularization(ops, best.x), 1.0)
+        return factorize_at(ops, self.cones, problem, old.linearization, e)
 
 
 def _repair(ops: Ops, factor: Factor, failed: Array) -> Factor:

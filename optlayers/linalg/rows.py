@@ -90,19 +90,24 @@ def project_linearized(
     return ops.concat([head, curved.project_linearized(ops, cones, lin.cones, v[:, k:], order)], -1)
 
 
-def support(ops: Ops, cones: Cones, bounds: tuple[Array, Array], y: Array) -> tuple[Array, Array]:
-    """inf of s'y over the set, (B,), and the parts of y (B, m) for which it would be minus infinity."""
+def unboundedness(
+    ops: Ops, cones: Cones, bounds: tuple[Array, Array], y: Array, s: Array
+) -> tuple[Array, Array, Array]:
+    """What tells for y and s (B, m) whether s'y is bounded below on the set, and the set along s.
+
+    The infimum of s'y (B,); the parts of y (B, m) for which it would be minus infinity; the projection of s
+    (B, m) onto the directions in which the set is unbounded.
+    """
     k = bounds[0].shape[-1]
     bound = ops.where(y[:, :k] > 0, bounds[0], bounds[1])
     finite = ops.isfinite(bound)
-    value = ops.sum(ops.where(finite, bound, 0.0) * y[:, :k], -1)
+    least = ops.sum(ops.where(finite, bound, 0.0) * y[:, :k], -1)
     outside = ops.where(finite, 0.0, y[:, :k])
+    low, high = (ops.where(ops.isfinite(bound), 0.0, bound) for bound in bounds)
+    inside = _clip(ops, s[:, :k], (low, high))
     if not cones.rows:
-        return value, outside
-    return value, ops.concat([outside, curved.project(ops, cones, -y[:, k:])], -1)
-
-
-def recession(ops: Ops, cones: Cones, bounds: tuple[Array, Array], s: Array) -> Array:
-    """The projection of s (B, m) onto the directions in which the set is unbounded."""
-    unbounded = tuple(ops.where(ops.isfinite(bound), 0.0, bound) for bound in bounds)
-    return project(ops, cones, unbounded, s)
+        return least, outside, inside
+    # Projected together, as a projection takes long to compile.
+    both = curved.project(ops, cones, ops.concat([-y[:, k:], s[:, k:]], 0))
+    batch = y.shape[0]
+    return least, ops.concat([outside, both[:batch]], -1), ops.concat([inside, both[batch:]], -1)

@@ -20,7 +20,7 @@ from ..linalg import rows
 from ..linalg.kkt import Factor, Problem
 from ..linalg.normal import shapes
 from ..linalg.products import constraints, hessian, matvec, matvec_symmetric, norm
-from ..linalg.rows import recession, support
+from ..linalg.rows import unboundedness
 from ..ops import Array, Ops
 from ..status import Status
 from .refinement import Point, refine
@@ -167,18 +167,17 @@ def certify(ops: Ops, cones: Cones, problem: Problem, direction: Direction, eps:
     A = constraints(ops, cones, problem.A)
     Aty, Ax = matvec(A.mT, dy), matvec(A, dx)
     Px = matvec_symmetric(hessian(ops, problem.P), dx)
-    least, outside = support(ops, cones, problem.bounds, dy)
+    least, outside, inside = unboundedness(ops, cones, problem.bounds, dy, -Ax)
     primal = (
         (y_size > tiny)
         & (norm(ops, Aty) <= eps * y_size)
         & (norm(ops, outside) <= eps * y_size)
         & (ops.sum(problem.b * dy, -1) - least < -eps * y_size)
     )
-    blocked = -Ax - recession(ops, cones, problem.bounds, -Ax)
     dual = (
         (x_size > tiny)
         & (norm(ops, Px) <= eps * x_size)
-        & (norm(ops, blocked) <= eps * x_size)
+        & (norm(ops, Ax + inside) <= eps * x_size)
         & (ops.sum(problem.q * dx, -1) < -eps * x_size * norm(ops, problem.q))
     )
     code = ops.where(dual, Status.DUAL_INFEASIBLE.code, RUNNING)

@@ -7,10 +7,11 @@ best point seen is kept. The factor of the step that led to it is kept too, for 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 from ..cones import Cones
-from ..linalg.kkt import Factor, Problem, factorize_at, solve_refined
+from ..linalg.kkt import Factor, Problem, factorize_at, inverse, solve_refined
 from ..linalg.products import constraints, hessian, matvec, matvec_symmetric, norm
 from ..linalg.rows import linearize, project_linearized
 from ..ops import Array, Ops, select
@@ -108,34 +109,36 @@ def refine(
             target, iteration stops.
     """
     floor = smallest_regularization(ops, problem.q)
-    needs_step = lambda best: active & (best.residual > target)
 
     def step(k, data, state):
-        best, needed, (x, v), (F, last, linearization) = state
+        best, needed, point, (F, last, linearization) = state
         problem, units = Problem(*data[:6]), Units(*data[6:])
-        # Between bounds F is linear: a step on the right active set is exact but for the regularisation. On
-        # curved cones a step from far away with little of it goes astray.
-        e = ops.maximum(0.01 * last, floor) if cones.rows else ops.full(last.shape, floor, last)
-        factor = factorize_at(ops, cones, problem, linearization, ops.minimum(e, 0.01)[:, None])
-        P, A = hessian(ops, problem.P), constraints(ops, cones, problem.A)
-        dx, dv = solve_refined(ops, cones, P, A, factor, F)
-        x, v = x + dx, v + dv
+
+        def newton(x, v):
+            # Between bounds F is linear: a step on the right active set is exact but for the regularisation.
+            # On curved cones a step from far away with little of it goes astray, and D changes by more than
+            # refinement would gain.
+            e = ops.maximum(0.01 * last, floor) if cones.rows else ops.full(last.shape, floor, last)
+            factor = factorize_at(ops, cones, problem, linearization, ops.minimum(e, 0.01)[:, None])
+            P, A = hessian(ops, problem.P), constraints(ops, cones, problem.A)
+            refined = partial(solve_refined, ops, cones, P, A, factor)
+            dx, dv = (inverse(ops, cones, A, factor) if cones.rows else refined)(F)
+            return x + dx, v + dv, factor
+
+        # The start is looked at without a step, here and not before, as `evaluate` takes long to compile.
+        none = best.factor._replace(e=0 * best.factor.e + 1)
+        x, v, factor = ops.cond(k > 1, newton, lambda x, v: (x, v, none), *point)
         F, error, is_resolved, linearization = evaluate(ops, cones, problem, units, x, v)
         if cones.rows:  # where D is not that of the step even at the solution
             factor = factor._replace(linearization=linearization)
         # A problem that has reached the target stays as it is, whatever the rest of the batch still needs.
         better = needed & is_resolved & (error < best.residual)
         best = select(ops, better, Point(x, v, error, factor), best)
-        needed = needed & (best.residual > target) & ((k < steps) | (error < 0.1 * last))
+        needed = needed & (best.residual > target) & ((k <= steps) | (error < 0.1 * last))
         return best, needed, (x, v), (F, error, linearization)
 
     relative_to = units(ops, problem, scaling)
-    F, error, is_resolved, linearization = evaluate(ops, cones, problem, relative_to, *start)
-    # The factor kept is none of this point; e = 1 says so.
-    better = needs_step(best) & is_resolved & (error < best.residual)
-    kept = best.factor._replace(e=ops.where(better[:, None], 1.0, best.factor.e))
-    x, v, residual = select(ops, better, (*start, error), best[:3])
-    best = Point(x, v, residual, kept)
-    state = best, needs_step(best) & (steps > 0), start, (F, error, linearization)
+    nothing = (0 * problem.q, 0 * problem.b), 0 * best.x[:, 0], best.factor.linearization
+    state = best, active & (best.residual > target), start, nothing
     data, ndims = (*problem, *relative_to), (*Problem.ndims, *Units.ndims)
     return ops.repeat_on_rows(lambda state: state[1], step, data, ndims, state)[0]
