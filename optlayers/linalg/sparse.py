@@ -30,7 +30,6 @@ from .sensitivity import SINGULAR_REGULARIZATION
 
 HOST: Any = host  # the part of `Ops` that is needed
 REGULARIZATION = np.finfo(float).eps ** 0.5
-_SCALING_PASSES = 5
 _NEARLY_ONE = 1 - 1e-13
 
 
@@ -116,7 +115,9 @@ class SparseFactor:
         rotated = A if self.basis is None else self.basis.T @ A
         W = sp.diags_array(self.R) @ sp.csr_array(rotated)[self.kept]
         self.K = sp.block_array([[P, W.T], [W, -sp.diags_array(C)]], format="csc")
-        self.scale = _equilibrate(self.K)
+        rows, columns = self.K.indices, np.repeat(np.arange(self.K.shape[0]), np.diff(self.K.indptr))
+        self.scale = equilibrate(self.K.data, rows, columns, self.K.shape[0], passes=5)
+        self.K.data *= self.scale[rows] * self.scale[columns]
         sign = np.concatenate([np.ones(self.n), -np.ones(self.kept.size)])
         self.inverse = _factorize(self.K, e * sign)
 
@@ -155,15 +156,16 @@ def derivative_factor(
     return SparseFactor(cones, P, A, linearization, e, singular)
 
 
-def _equilibrate(K: Any) -> np.ndarray:
-    """S, when K has become S K S with entries of at most about 1, and about 1 in each row (Ruiz 2001)."""
-    scale = np.ones(K.shape[0])
-    rows, columns = K.indices, np.repeat(np.arange(K.shape[0]), np.diff(K.indptr))
-    for _ in range(_SCALING_PASSES):
-        largest = np.zeros(K.shape[0])
-        np.maximum.at(largest, rows, abs(K.data))
+def equilibrate(
+    values: np.ndarray, rows: np.ndarray, columns: np.ndarray, size: int, passes: int
+) -> np.ndarray:
+    """S for which S K S, of a symmetric K with these entries, is about 1 at most in each row (Ruiz 2001)."""
+    scale, values = np.ones(size), abs(values)
+    for _ in range(passes):
+        largest = np.zeros(size)
+        np.maximum.at(largest, rows, values)
         step = 1 / np.sqrt(np.where(largest > 0, largest, 1.0))
-        K.data *= step[rows] * step[columns]
+        values *= step[rows] * step[columns]
         scale *= step
     return scale
 

@@ -10,6 +10,7 @@ equal length or of length 1. Problems are solved one after the other, in threads
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,13 +35,16 @@ MATRIX_ARRAYS = 6
 
 @dataclass
 class _Memo:
-    """The latest factorisations, so that the derivative finds those of the solve.
+    """What calls leave for others, to save time: results are the same without. Not copied, and not pickled.
 
-    A cache: `SparseSolve.invert` makes those that are missing. For each problem the arrays that define its
-    factor, and the factor. Copies, and what is pickled, have none.
+    Attributes:
+        lanes: the latest factorisations, so that the derivative finds those of the solve. For each problem
+            the arrays that define its factor, and the factor.
+        made: for each solver, what it keeps of earlier calls.
     """
 
     lanes: list[tuple[Sequence[np.ndarray], SparseFactor | None]] = field(default_factory=list)
+    made: defaultdict[Host, list] = field(default_factory=lambda: defaultdict(list))
 
     def __reduce__(self):
         return _Memo, ()
@@ -209,7 +213,8 @@ class _LaneSolve(NamedTuple):
     def call(self, solver: Host) -> tuple[tuple[np.ndarray, np.ndarray], Direction]:
         """(x, v) and the certifying directions from a library."""
         cones, (P, q, A, b, l, u) = self.settings.cones, self.problem
-        answer = solver._solve(_program(cones, P.matrix, q[0], A.matrix, b[0], l[0], u[0]))
+        program = _program(cones, P.matrix, q[0], A.matrix, b[0], l[0], u[0])
+        answer = solver._solve(program, self.settings.memo.made[solver])
         x, y, dx, dy = (z[None] for z in answer)
         slack = project(HOST, cones, self.problem.bounds, b - x @ A.mT)
         return (x, slack - y), Direction(dx, dy)

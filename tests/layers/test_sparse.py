@@ -1,5 +1,6 @@
 """Sparse P and A: against the dense path and finite differences, entry forms, statuses, large ones."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import scipy.sparse as sp
 from checks import assert_close
 from optlayers.cones import Cones
 from optlayers.solvers.host import Clarabel
+from optlayers.solvers.sparse import SparseSolve
 from optlayers.status import Status
 
 pytestmark = pytest.mark.filterwarnings(
@@ -318,7 +320,7 @@ def test_failed_problems_have_no_derivative(frontend, rng):
 
 
 class NeverCalled(Clarabel):
-    def _solve(self, program):
+    def _solve(self, program, made=None):
         raise AssertionError("the solver was called")
 
 
@@ -330,6 +332,37 @@ def test_warm_start_spares_the_solver(frontend, rng):
     again = solve(1.001 * q, warm_start=solve(q), solver=NeverCalled())
     assert frontend.numpy(again.status) == Status.SOLVED.code
     assert_close(frontend.numpy(again.x), frontend.numpy(solve(1.001 * q).x), 1e-9)
+
+
+def test_results_do_not_depend_on_earlier_ones(rng, monkeypatch):
+    """Solvers of Clarabel are used again, by one thread at a time, unless the structure changes."""
+    made, set_up = [], Clarabel._set_up
+    count = lambda *args, **options: made.append(1) or set_up(*args, **options)
+    monkeypatch.setattr(Clarabel, "_set_up", count)
+    P, q, A, l, u = random_sparse(rng, 20, 12)
+
+    def problem(scale, curvature=1.0, has_upper=True):
+        bound = u if has_upper else np.where(l == u, u, np.inf)
+        entries = (curvature * scale * P.data, P.row, P.col, A.data / scale, A.row, A.col)
+        return [x[None] for x in (*entries, scale**2 * q, 0 * l, -bound, -l)]
+
+    problems = [problem(1.0), problem(30.0), problem(1.0, 0.0), problem(0.1), problem(1.0, has_upper=False)]
+    new = lambda: SparseSolve(12, 20, Cones(), (Clarabel(),), 1e-9)
+    expected = [new().solve(*data) for data in problems]
+    assert [int(results[6][0]) for results in expected] == [0, 0, Status.DUAL_INFEASIBLE.code, 0, 0]
+
+    solve, made[:] = new(), []
+    for _ in range(2):
+        for data, results in zip(problems, expected, strict=True):
+            for a, b in zip(solve.solve(*data), results, strict=True):
+                np.testing.assert_array_equal(a, b)
+    assert len(made) == 8  # in both rounds all but the second problem
+
+    def concurrently(i):
+        return all(map(np.array_equal, solve.solve(*problems[i % 2]), expected[i % 2]))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(concurrently, range(40)))
 
 
 @pytest.mark.parametrize("solver", ["OSQP", "SCS"])
