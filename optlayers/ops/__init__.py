@@ -451,9 +451,9 @@ class MatrixFreeOps(Ops, Protocol):
 
 def select(ops: Ops, mask: Array, x: Any, y: Any) -> Any:
     """Per problem, `x` where `mask` (B,) and `y` elsewhere, for two equal trees of arrays (B, ...)."""
-    if x is y:
-        return x
     if isinstance(x, tuple):
         parts = (select(ops, mask, a, b) for a, b in zip(x, y, strict=True))
         return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    if x is y:  # as what no step has touched
+        return x
     return ops.where(ops.reshape(mask, (-1,) + (1,) * (x.ndim - 1)), x, y)

@@ -21,7 +21,7 @@ from .scaling import Scaling
 class Point(NamedTuple):
     """A primal-dual point (B, n), (B, m), its relative residual (B,) and the factor of J.
 
-    That is of the point before, and on curved cones has the linearisation of this one; with e = 1, neither.
+    That is of the point before, and on curved cones has the linearisation of this one; with e = 1 it is none.
     """
 
     x: Array
