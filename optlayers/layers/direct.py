@@ -13,10 +13,9 @@ import numpy as np
 from ..cones import Cones
 from ..linalg.kkt import Problem
 from ..ops import Array, Ops
+from ..solvers.host import INFINITE
 from ..status import batch_axes
 from .conic import ConicLayer, ConicSolution, flatten_batch, restore_batch
-
-INFINITE = 1e20
 
 
 def solve_box(

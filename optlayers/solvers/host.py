@@ -23,6 +23,8 @@ from ..linalg.sparse import equilibrate
 from ..ops import Array, Ops
 from .base import Direction
 
+INFINITE = 1e20  # bounds from here on are none
+
 
 class _Program(NamedTuple):
     """One problem: minimise 1/2 x'Px + q'x, G x + s = h, s in {0}^equal x {s >= 0}^inequalities x cones.
@@ -145,8 +147,8 @@ def _program(cones: Cones, P, q, A, b, l, u) -> _Program:
         P, A = _whole(cones, P, A)
     k, m = l.shape[0], b.shape[0]
     equal = np.flatnonzero(l == u)
-    lower = np.flatnonzero(np.isfinite(l) & (l != u))
-    upper = np.flatnonzero(np.isfinite(u) & (l != u))
+    lower = np.flatnonzero(np.isfinite(l) & (l != u) & (b[:k] - l < INFINITE))
+    upper = np.flatnonzero(np.isfinite(u) & (l != u) & (u - b[:k] < INFINITE))
     curved = np.arange(k, m)
     # s >= l is A x + s' = b - l, s' >= 0;  s <= u is -A x + s' = u - b.
     h = np.concatenate([b[equal] - l[equal], b[lower] - l[lower], u[upper] - b[upper], b[curved]])

@@ -365,6 +365,20 @@ def test_results_do_not_depend_on_earlier_ones(rng, monkeypatch):
         assert all(pool.map(concurrently, range(40)))
 
 
+@pytest.mark.parametrize("far", [1e12, 1e20, 1e30])
+def test_far_bounds_are_as_good_as_none(far):
+    P, q, A, l, u = banded(np.random.default_rng(0), 200, 3)
+
+    def solve(bound):
+        upper = np.where((l == u) | (np.arange(l.size) % 2 == 0), u, bound)
+        data = (P.data, P.row, P.col, A.data, A.row, A.col, q, 0 * l, -upper, -l)
+        return SparseSolve(*A.shape, Cones(), (Clarabel(),), 1e-9).solve(*(x[None] for x in data))
+
+    results, expected = solve(far), solve(np.inf)
+    assert results[6] == expected[6] == Status.SOLVED.code
+    assert_close(results[0], expected[0], 1e-9)
+
+
 @pytest.mark.parametrize("solver", ["OSQP", "SCS"])
 def test_other_host_solvers(frontend, rng, solver):
     program = random_sparse(rng, 20, 12)
