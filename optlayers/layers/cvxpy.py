@@ -268,7 +268,7 @@ class CvxpyProgram:
         return lower, upper if self.ranges is None else np.minimum(upper, self.ranges.width[: len(upper)])
 
     def _configured(self, solver_args: Mapping[str, Any]) -> ConicLayer | SparseLayer:
-        cones = curved_part(self.program.cones)
+        cones = curved_part(self.solved.cones)
         linear = not len(self.program.P.positions)
         arguments = self.solver_args | dict(solver_args)
         if self.pattern is not None:

@@ -31,8 +31,8 @@ from .rows import curved_half, linearize, spectral
 class Problem(NamedTuple):
     """minimise 1/2 x'Px + q'x subject to A x + s = b, l <= s <= u on the first k rows, s in K on the rest.
 
-    q (B, n), b (B, m), l and u (B, k), of which entries beside curved cones are 0 or infinite; see
-    `optlayers.linalg.rows`. With variables in groups P and A are compact, see `optlayers.linalg.products`.
+    q (B, n), b (B, m), l and u (B, k), see `optlayers.linalg.rows`. With variables in groups P and A are
+    compact, see `optlayers.linalg.products`.
     """
 
     P: Array

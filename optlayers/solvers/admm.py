@@ -159,23 +159,25 @@ class ADMM:
         rho = ops.where(change, ops.minimum(ops.maximum(state.rho * ratio, 1e-6), 1e6), state.rho)
         w = s - y / self._penalties(ops, problem, rho)  # of which s is the projection as well
         refactor = lambda rho: self._factorize(ops, cones, problem, rho)
-        if self._is_shared(problem):
+        if self._is_shared(cones, problem):
             return state._replace(rho=rho, w=w)
         factor = ops.cond(ops.any(change), refactor, lambda _: state.factor, rho)
         return state._replace(rho=rho, w=w, factor=factor)
 
     @staticmethod
-    def _is_shared(problem: Problem) -> bool:
-        # The penalty of a row depends on its bounds, so these must be shared as well.
-        return problem.P.ndim == 2 and problem.A.ndim == 2 and problem.l.shape[0] == 1
+    def _is_shared(cones: Cones, problem: Problem) -> bool:
+        # The penalty of a row depends on whether its bounds are equal. Beside curved cones that is so in all
+        # of the batch or nowhere, though they are scaled for each problem.
+        is_same = bool(cones.rows) or problem.l.shape[0] == 1
+        return problem.P.ndim == 2 and problem.A.ndim == 2 and is_same
 
     def _factorize(self, ops: Ops, cones: Cones, problem: Problem, rho: Array) -> _Factor:
         """With L L' = M, or what is left of it, V = L^-T.
 
         Shared, L L' = P + sigma I, L^-1 A'R_1 A L^-T = Q Lambda Q' (R = rho R_1) and V = L^-T Q.
         """
-        if self._is_shared(problem):
-            R = self._penalties(ops, problem, ops.full((1, 1), 1.0, rho))
+        if self._is_shared(cones, problem):
+            R = self._penalties(ops, problem, ops.full((1, 1), 1.0, rho))[:1]
             return ops.remembered(_diagonalize, (ops, self.sigma, cones), problem.P, problem.A, R)
         R = self._penalties(ops, problem, rho)
         A, n = problem.A, problem.P.shape[-1]

@@ -1,9 +1,9 @@
 """Equilibration of a cone program: x = D x_hat, s = s_hat / E, y = E y_hat / c.
 
 Ruiz (2001) iterations in the 2-norm on the matrix [P A'; A 0], the E of a curved cone being one number per
-cone so that the cone is unchanged; then a cost scale c. Beside curved cones bounds are 0 or infinite, and one
-factor beta on x and s brings the right-hand side to size one: D and E then stand for beta D and E / beta, c
-for c / beta^2 so that P, or without P for c / beta so that q stays as it was.
+cone so that the cone is unchanged; then a cost scale c. With curved cones one factor beta on x and s brings
+the right-hand side to size one: D and E then stand for beta D and E / beta, c for c / beta^2 so that P, or
+without P for c / beta so that q stays as it was.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ def equilibrate(
     if cones.rows:
         beta = _size(ops, E * problem.b, c * q, linear)
         D, E, c, q = beta * D, E / beta, c / (beta if linear else beta**2), beta * q
-        return Problem(P, c * q, A, E * problem.b, *problem.bounds), Scaling(D, E, c)
     k = problem.l.shape[-1]
     l, u = (E[:, :k] * bound for bound in problem.bounds)
     return Problem(P, c * q, A, E * problem.b, l, u), Scaling(D, E, c)

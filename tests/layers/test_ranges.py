@@ -79,3 +79,45 @@ def test_ranges_of_no_width(frontend, low, high, status):
     assert list(Status)[int(solution.status)] is status
     if status is Status.SOLVED:
         assert_close(frontend.numpy(solution.variables[0]), [0.75, -0.25], 1e-9)
+
+
+COSTS = {
+    "absolute values": cp.norm1,
+    "least squares": cp.sum_squares,
+    "Huber": lambda r: cp.sum(cp.huber(r, 0.7)),
+    "norm": cp.norm2,
+    "cubes": lambda r: cp.sum(cp.power(cp.abs(r), 3)),
+    "logistic": lambda r: cp.sum(cp.logistic(r)),
+    "exponentials": lambda r: cp.log_sum_exp(r),
+    "entropies": lambda r: cp.norm2(r) - cp.sum(cp.entr(r[:3] + 10)),
+    "eigenvalue": lambda r: cp.lambda_max(cp.diag(r[:4]) + 0.5),
+}
+
+
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("has_equality", [False, True])
+@pytest.mark.parametrize("name", COSTS)
+def test_beside_cones_and_groups(frontend, name, has_equality, rng):
+    """A box that is active, and a range, beside all that a cost may be; with equalities of parameters."""
+    x, F, g, h = cp.Variable(6), cp.Parameter((24, 6)), cp.Parameter(24), cp.Parameter((2, 6))
+    cost = COSTS[name](F @ x - g) + 0.1 * cp.sum_squares(x)
+    constraints = [x >= -0.1, x <= 0.2, cp.sum(x) <= 0.27, cp.sum(x) >= -0.33]
+    constraints += [h @ x == 0.05] if has_equality else [h @ x <= 1]
+    problem = cp.Problem(cp.Minimize(cost), constraints)
+    values = [rng.standard_normal(shape) for shape in ((24, 6), (24,), (2, 6))]
+    directions = [rng.standard_normal(value.shape) for value in values]
+    duals = [constraint.dual_variables[0] for constraint in constraints]
+    layer = frontend.CvxpyLayer(problem, [F, g, h], [x, *duals], order=1)
+    outputs = layer(*map(frontend.array, values))
+    for parameter, value in zip([F, g, h], values, strict=True):
+        parameter.value = value
+    problem.solve(**TIGHT | {key: 1e-9 for key in TIGHT if key != "solver"})
+    assert np.isclose(np.abs(x.value + 0.1).min(), 0) or np.isclose(np.abs(x.value - 0.2).min(), 0)
+    for output, variable in zip(outputs, [x, *duals], strict=True):
+        assert_close(frontend.numpy(output), variable.value, 5e-5, str(variable))
+
+    def along(t):
+        return layer(*(frontend.array(z) + t[i] * frontend.array(d) for i, (z, d) in pairs))[0]
+
+    pairs = [*enumerate(zip(values, directions, strict=True))]
+    frontend.check_derivatives(along, [np.zeros(3)], 1)
