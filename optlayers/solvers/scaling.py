@@ -57,12 +57,18 @@ def _balance(ops: Ops, cones: Cones, passes: int, P: Array, A: Array) -> tuple[A
     """D, E and the norms of the columns of D P D."""
     P2, A2 = hessian(ops, P**2), constraints(ops, cones, A**2)
     batch = max(len(M) if M.ndim == 3 else 1 for M in (P, A))
-    D = ops.full((batch, P.shape[-2]), 1.0, P)
-    # Rows first: a row 1e8 times longer than the others would otherwise shrink the columns that it meets.
-    rows = _cone_means(ops, cones, matvec(A2, D))
-    no_row = ops.cast(rows <= 0, D)  # added, so that rows and columns of zeros stay as they are
+    one = ops.full((batch, P.shape[-2]), 1.0, P)
+    # Columns first, those of P by it and others by A: rows in other units than P is in shall not make columns
+    # of P long beside those that only A has. Then rows: one that is 1e8 times longer than the others would
+    # otherwise shrink the columns that it meets.
+    columns, own = matvec(A2.mT, 1 + 0 * matvec(A2, one)), matvec_symmetric(P2, one)
+    no_column = ops.cast(own + columns <= 0, one)  # added, so that rows and columns of zeros stay as they are
+    D = ops.where(
+        own > 0, 1 / ops.sqrt(ops.sqrt(ops.where(own > 0, own, 1.0))), 1 / ops.sqrt(columns + no_column)
+    )
+    rows = _cone_means(ops, cones, matvec(A2, D * D))
+    no_row = ops.cast(rows <= 0, D)
     E = 1 / ops.sqrt(rows + no_row)
-    no_column = ops.cast(matvec_symmetric(P2, D) + matvec(A2.mT, E) <= 0, D)
 
     def balance(state):
         D, E = state
