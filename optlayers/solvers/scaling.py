@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 from ..cones import Cones
 from ..linalg.kkt import Problem
 from ..linalg.products import constraints, hessian, matvec, matvec_symmetric, spread
+from ..linalg.rows import whole_cones
 from ..ops import Array, Ops
 
 
@@ -66,7 +65,7 @@ def _balance(ops: Ops, cones: Cones, passes: int, P: Array, A: Array) -> tuple[A
     D = ops.where(
         own > 0, 1 / ops.sqrt(ops.sqrt(ops.where(own > 0, own, 1.0))), 1 / ops.sqrt(columns + no_column)
     )
-    rows = _cone_means(ops, cones, matvec(A2, D * D))
+    rows = whole_cones(ops, cones, matvec(A2, D * D), mean=True)
     no_row = ops.cast(rows <= 0, D)
     E = 1 / ops.sqrt(rows + no_row)
 
@@ -74,7 +73,7 @@ def _balance(ops: Ops, cones: Cones, passes: int, P: Array, A: Array) -> tuple[A
         D, E = state
         D2, E2 = D * D, E * E
         columns = D2 * (matvec_symmetric(P2, D2) + matvec(A2.mT, E2)) + no_column
-        rows = _cone_means(ops, cones, E2 * matvec(A2, D2)) + no_row
+        rows = whole_cones(ops, cones, E2 * matvec(A2, D2), mean=True) + no_row
         return D / ops.sqrt(ops.sqrt(columns)), E / ops.sqrt(ops.sqrt(rows))
 
     D, E = ops.repeat(passes, balance, (D, E))
@@ -121,20 +120,3 @@ def _scale_constraints(ops: Ops, cones: Cones, A: Array, E: Array, D: Array) -> 
     n = D.shape[-1] - cones.local
     own = (E[:, None] * spread(ops, cones, D[:, n:], A.shape[-2])).mT
     return ops.concat([_scale_matrix(A[..., :n], E, D[:, :n]), _scale(A[..., n:], own)], -1)
-
-
-def _cone_means(ops: Ops, cones: Cones, rows: Array) -> Array:
-    """`rows` (B, m) with the entries of each curved cone, at the end, replaced by their mean."""
-    if not cones.rows:
-        return rows
-    k = rows.shape[-1] - cones.rows
-    cone_of_row, share = (ops.constant(array, rows) for array in _membership(cones))
-    means = ops.scatter_add(rows[:, k:] * share[None], cone_of_row, cones.rows)
-    return ops.concat([rows[:, :k], ops.take(means, cone_of_row)], -1)
-
-
-def _membership(cones: Cones) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of the curved cones, the number of its cone and 1 / (rows of its cone)."""
-    psd = [k * (k + 1) // 2 for k in cones.psd]
-    sizes = [*cones.soc, *psd, *[3] * cones.exp, *(len(weights) + 1 for weights in cones.pow)]
-    return np.repeat(np.arange(len(sizes)), sizes), 1 / np.repeat(np.array(sizes, float), sizes)
