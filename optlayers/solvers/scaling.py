@@ -56,18 +56,19 @@ def _balance(ops: Ops, cones: Cones, passes: int, P: Array, A: Array) -> tuple[A
     """D, E and the norms of the columns of D P D."""
     P2, A2 = hessian(ops, P**2), constraints(ops, cones, A**2)
     batch = max(len(M) if M.ndim == 3 else 1 for M in (P, A))
-    one = ops.full((batch, P.shape[-2]), 1.0, P)
-    # Columns first, those of P by it and others by A: rows in other units than P is in shall not make columns
-    # of P long beside those that only A has. Then rows: one that is 1e8 times longer than the others would
-    # otherwise shrink the columns that it meets.
-    columns, own = matvec(A2.mT, 1 + 0 * matvec(A2, one)), matvec_symmetric(P2, one)
-    no_column = ops.cast(own + columns <= 0, one)  # added, so that rows and columns of zeros stay as they are
-    D = ops.where(
-        own > 0, 1 / ops.sqrt(ops.sqrt(ops.where(own > 0, own, 1.0))), 1 / ops.sqrt(columns + no_column)
-    )
-    rows = whole_cones(ops, cones, matvec(A2, D * D), mean=True)
-    no_row = ops.cast(rows <= 0, D)
-    E = 1 / ops.sqrt(rows + no_row)
+    own = ops.sqrt(matvec_symmetric(P2, ops.full((batch, P.shape[-2]), 1.0, P)))
+    D2 = 1 / ops.where(own > 0, own, 1.0)
+    # A row that defines a variable of P, which no other row has, is in units of that, as residuals may be of
+    # data of any size. Others get size one first: one 1e8 times longer would shrink columns that it meets.
+    all_rows = whole_cones(ops, cones, matvec(A2, D2), mean=True)
+    entries = constraints(ops, cones, ops.cast(A != 0, A))
+    is_defined = (own > 0) & (matvec(entries.mT, 1 + 0 * all_rows) == 1)
+    rows = whole_cones(ops, cones, matvec(A2, ops.where(is_defined, D2, 0.0)), mean=True)
+    no_row = ops.cast(all_rows <= 0, D2)  # added, so that rows and columns of zeros stay as they are
+    E = 1 / ops.sqrt(ops.where(rows > 0, rows, all_rows) + no_row)
+    columns = own + matvec(A2.mT, E * E)
+    no_column = ops.cast(columns <= 0, D2)
+    D = 1 / ops.sqrt(columns + no_column)
 
     def balance(state):
         D, E = state

@@ -1,5 +1,6 @@
 """Where multipliers, solution or derivative are not unique: right values, finite derivatives, and told so."""
 
+import itertools
 from typing import NamedTuple
 
 import cvxpy as cp
@@ -227,14 +228,17 @@ def test_equal_bounds(frontend, iterations, rng):
 def test_least_squares_in_other_units(frontend, rng, dtype, scales):
     """Rows of any size meet residuals with coefficients of one."""
     x, A, b = cp.Variable(4), cp.Parameter((6, 4)), cp.Parameter(6)
-    layer = frontend.CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b))), [A, b], [x])
+    ridge = cp.Parameter(nonneg=True)
+    cost = cp.sum_squares(A @ x - b) + ridge * cp.sum_squares(x)
+    layer = frontend.CvxpyLayer(cp.Problem(cp.Minimize(cost)), [A, b, ridge], [x])
     data, weights = rng.standard_normal((6, 5)), rng.standard_normal(4)
-    for scale in scales:
+    for scale, small in itertools.product(scales, (0.0, 1e-4, 1.0)):
         F, g = scale * data[:, :4], scale * data[:, 4]
-        (solution,), gradients = frontend.differentiable(layer, dtype)([F, g], [weights])
-        u = np.linalg.solve(F.T @ F, weights)
-        expected = np.outer(g - F @ solution, u) - np.outer(F @ u, solution), F @ u
-        assert_close(solution, np.linalg.lstsq(F, g)[0], 1e-9 if dtype == "float64" else 1e-5)
+        (solution,), gradients = frontend.differentiable(layer, dtype)([F, g, small], [weights])
+        hessian = F.T @ F + small * np.eye(4)
+        u = np.linalg.solve(hessian, weights)
+        expected = np.outer(g - F @ solution, u) - np.outer(F @ u, solution), F @ u, -u @ solution
+        assert_close(solution, np.linalg.solve(hessian, F.T @ g), 1e-9 if dtype == "float64" else 1e-5)
         for gradient, wanted in zip(gradients, expected, strict=True):
             size = np.abs(wanted).max()
             assert_close(gradient / size, wanted / size, 1e-7 if dtype == "float64" else 1e-3)

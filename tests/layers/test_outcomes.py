@@ -217,6 +217,18 @@ def test_large_numbers_hide_no_contradiction(torch_frontend, gap, large):
             layer(*map(torch_frontend.array, (np.arange(1.0, 4.0), large, gap)))
 
 
+def test_a_distant_minimum_is_no_proof_that_there_is_none(torch_frontend, rng):
+    L = rng.standard_normal((10, 5))
+    P, q = L @ L.T + 1e-5 * np.eye(10), rng.standard_normal(10)
+    for seen in (1e-9, 1e-12):
+        data = map(torch_frontend.array, (P, q))
+        solution = torch_frontend.module.solve_qp(*data, eps=seen, on_failure="mask")
+        assert list(Status)[int(solution.status)] in (Status.SOLVED, Status.INACCURATE)
+        expected = -np.linalg.solve(P, q)
+        size = np.abs(expected).max()
+        assert_close(torch_frontend.numpy(solution.x) / size, expected / size, 1e-7)
+
+
 # No constraints at all.
 
 

@@ -147,12 +147,15 @@ def _kernel(
 
     # Equilibration: `optlayers.solvers.scaling.equilibrate`.
     P2, A2 = P * P, A * A
-    own, columns = tl.sum(P2, 1), tl.sum(A2, 0)
-    no_column = tl.where(own + columns > 0, 0.0, 1.0).to(P.dtype)
-    D = tl.where(own > 0, 1 / _fourth_root(tl.where(own > 0, own, 1.0)), 1 / tl.sqrt(columns + no_column))
-    rows = _times(A2, D * D)
-    no_row = tl.where(rows > 0, 0.0, 1.0).to(P.dtype)
-    E = 1 / tl.sqrt(rows + no_row)
+    own = tl.sqrt(tl.sum(P2, 1))
+    D2 = 1 / tl.where(own > 0, own, 1.0)
+    is_defined = (tl.sum(tl.where(A2 > 0, 1, 0), 0) == 1) & (own > 0)
+    rows, all_rows = _times(A2, tl.where(is_defined, D2, 0.0)), _times(A2, D2)
+    no_row = tl.where(all_rows > 0, 0.0, 1.0).to(P.dtype)
+    E = 1 / tl.sqrt(tl.where(rows > 0, rows, all_rows) + no_row)
+    columns = own + _transposed_times(A2, E * E)
+    no_column = tl.where(columns > 0, 0.0, 1.0).to(P.dtype)
+    D = 1 / tl.sqrt(columns + no_column)
     for _pass in range(passes):
         D2, E2 = D * D, E * E
         columns = D2 * (_times(P2, D2) + _transposed_times(A2, E2)) + no_column
