@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -306,6 +308,25 @@ def test_more_derivatives_than_asked_for_raise(frontend, rng):
     loss = lambda y0: (odeint(frontend, lambda t, y: A @ y, y0, t, method="rk4") ** 3).sum()
     with pytest.raises(NotImplementedError, match="order=2"):
         frontend.transforms.hessian(loss)(y0)
+
+
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("adjoint", [Discrete(), Discrete(0), Continuous()], ids=repr)
+def test_second_derivatives_beside_others_raise(frontend, adjoint):
+    """Of a sum or product with what has them, where that of the solution would be missing."""
+    t = frontend.array([0.0, 1.0])
+
+    def loss(w):
+        return odeint(frontend, lambda t, y: -w * y, frontend.array([1.0]), t, adjoint=adjoint)[-1, 0] * w
+
+    w = frontend.array(0.5)
+    if frontend.name == "jax":
+        twice = frontend.framework.grad(frontend.framework.grad(loss))
+    else:
+        grad = frontend.framework.autograd.grad
+        twice = lambda w: grad(grad(loss(w.requires_grad_()), w, create_graph=True)[0], w)
+    with pytest.raises(NotImplementedError, match="order=2"):
+        twice(w)
 
 
 @pytest.mark.slow_to_compile
@@ -697,6 +718,19 @@ def test_no_warnings_of_memory(frontend):
         warnings.simplefilter("error")
         y = odeint(frontend, lambda t, y: -y, frontend.array([1.0]), frontend.array([0.0, 1.0]))
     assert not getattr(y, "requires_grad", False)
+
+
+@pytest.mark.parametrize("adjoint", [Discrete(), Discrete(0), Continuous()], ids=repr)
+def test_nothing_outlives_the_result(adjoint):
+    frontend = torch_frontend()
+    w = frontend.array(0.5).requires_grad_()
+    field = lambda t, y: -w * y
+    seen = weakref.ref(field)
+    y = odeint(frontend, field, frontend.array([1.0]), frontend.array([0.0, 1.0]), adjoint=adjoint)
+    y.sum().backward()
+    del y, field
+    gc.collect()
+    assert seen() is None
 
 
 def test_weight_that_the_first_evaluation_does_not_use():
