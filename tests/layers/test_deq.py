@@ -293,6 +293,16 @@ def test_wrong_shapes_are_named(frontend):
         fixed_point(lambda z: z, {"a": z, "b": z[:1]})
 
 
+@pytest.mark.parametrize("dtype", ["complex128", "int32", "bool"])
+def test_states_that_are_no_real_floats_are_refused(frontend, dtype):
+    """Sums of squares of complex numbers may be zero: what is far from a solution would count as one."""
+    z = frontend.xp.ones((2, 3), dtype=getattr(frontend.xp, dtype))
+    with pytest.raises(ValueError, match=f"real floating-point numbers, got .*{dtype}"):
+        frontend.module.fixed_point(lambda z: z, z)
+    with pytest.raises(ValueError, match=f"real floating-point numbers, got .*{dtype}"):
+        frontend.module.odeint(lambda *_: z, z, frontend.array([0.0, 1.0]))
+
+
 def test_single_precision(frontend, rng):
     A, x = (frontend.array(v, "float32") for v in inputs(rng))
     z = frontend.module.fixed_point(lambda z: tanh_cell(frontend, z, A, x), 0 * x)

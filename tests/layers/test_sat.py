@@ -206,3 +206,11 @@ def test_single_precision(frontend, rng):
 def test_misuse_is_named(frontend, options, message):
     with pytest.raises(ValueError, match=message):
         frontend.module.SATLayer(3, 3, **options)
+
+
+def test_probabilities_that_are_integers_are_refused(frontend):
+    z, is_input = frontend.xp.asarray([1, 0, 0]), frontend.xp.asarray([True, False, False])
+    layer = frontend.module.SATLayer(3, 3)
+    arguments = (z, is_input) if frontend.name == "torch" else (frontend.array(np.ones((3, 4))), z, is_input)
+    with pytest.raises(ValueError, match="z must hold real floating-point numbers"):
+        layer(*arguments)
