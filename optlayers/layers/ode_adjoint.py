@@ -209,7 +209,7 @@ class Steps:
             times = ops.where(leaps[:, 0], ops.take_rows(jumps, j[:, None])[:, 0], t)
             early = times - ops.stop_gradient(times)
             move = (lambda t, y, d: y) if ops.is_constant(jumps) else (lambda *args: flow(field, *args))
-            before = move(ops.stop_gradient(times), y_new, early)
+            before = move(end, y_new, early)  # along the field before the jump
             after = system.jump(times, before, j, theta)
             y_new = ops.where(leaps, move(times, after, -early), y_new)
             return y_new, ops.stack([before, after], 1)

@@ -556,6 +556,23 @@ def test_jump_of_the_right_hand_side(frontend):
     assert int(info.rejected) == 0
 
 
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_gradient_in_the_time_at_which_the_right_hand_side_jumps(frontend, method, direction):
+    """y' = 1 until tau and 2 afterwards: y(2) = 4 - tau; and the same backwards in time."""
+    t = frontend.array([0.0, 2.0 * direction])
+
+    def layer(tau):
+        field = lambda t, y: frontend.xp.where(t * direction < tau, 1.0, 2.0) + 0 * y
+        jumps = (tau[None] * direction, lambda t, y, j: y)
+        return (odeint(frontend, field, frontend.array([0.0]), t, jumps=jumps, method=method)[-1],)
+
+    (y,), (gradient,) = frontend.differentiable(layer)([np.array(0.7)], [np.ones(1)])
+    assert_close(y, np.array([3.3 * direction]), 1e-12)
+    assert_close(gradient, np.array(-direction), 1e-12)
+
+
 def test_event_and_its_gradients(frontend):
     """A ball falls from height h with speed v: it hits the ground at a known time; the last one does not."""
     values = [np.array([[10.0, 0.0], [5.0, 3.0], [90.0, 1.0]]), np.array(9.8)]
