@@ -217,8 +217,12 @@ def _event(solved: Solved, event: Callable, end: Array, order: int) -> tuple[Arr
     g = lambda d: event(t + d, flow(field, t, end, d), theta)
     d = 0 * t
     rate = ops.tangent_map(g, d)(d + 1)
+    flat = happened & (rate == 0)
+    moves = happened & ~flat
     for _ in range(order + 2):
-        d = d - ops.where(happened, g(d), 0.0) / ops.where(happened, rate, 1.0)
+        d = d - ops.where(moves, g(d), 0.0) / ops.where(moves, rate, 1.0)
+    # Zero with derivatives that are NaN: those of a piecewise constant g do not tell how the time moves.
+    d = ops.where(flat, ops.sqrt(ops.where(flat, 0 * ops.sum(end, 1), 1.0)), d)
     state = flow(field, t, end, d)
     return ops.where(happened, t + d, ops.nan), ops.where(happened[:, None], state, ops.nan)
 
@@ -249,8 +253,8 @@ def odeint_doc():
             fn gives; at times that are NaN or masked nothing happens. An output at the time of a jump is the
             state before it.
         event: a function of the arguments of func, but args, with one number for each sample. Where it
-            changes sign the solution ends: later outputs are NaN, and the info has event_time and
-            event_state.
+            changes sign on the way, not by a jump, the solution ends: later outputs are NaN, and the info has
+            event_time and event_state. A number that is piecewise constant makes their derivatives NaN.
         step_size: fixed steps of about this size; None steps from one output to the next where the method
             does not choose its steps.
         first_step: None chooses it.

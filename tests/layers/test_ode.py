@@ -618,6 +618,46 @@ def test_after_an_event_there_are_no_outputs(frontend):
     assert int(info.status) == Status.SOLVED.code
 
 
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("options", [{"method": "euler", "step_size": 0.25}, {"method": "dopri8"}])
+def test_event_at_the_end_of_a_step(frontend, options):
+    """There g is zero, or off zero by rounding; at the start it is zero and does not count."""
+    y0, t = frontend.array([[-1.0], [0.0]]), frontend.array([[0.0, 1.0, 2.0]] * 2)
+    event = lambda t, y: y[:, 0] * (y[:, 0] - 1.5)
+    _, info = odeint(frontend, lambda t, y: 0 * y + 1, y0, t, event=event, return_info=True, **options)
+    assert_close(frontend.numpy(info.event_time), np.array([1.0, 1.5]), 1e-12)
+
+
+@pytest.mark.slow_to_compile
+def test_jumps_across_an_event_do_not_count(frontend):
+    """The first sample jumps over the threshold for good, the second one comes down to it again."""
+    jumps = (frontend.array([[1.0]] * 2), lambda t, y, j: y + 5)
+    rate, t = frontend.array([[1.0], [-1.0]]), frontend.array([[0.0, 9.0]] * 2)
+    field, event = lambda t, y: rate + 0 * y, lambda t, y: y[:, 0] - 3
+    options = {"jumps": jumps, "event": event, "return_info": True}
+    _, info = odeint(frontend, field, frontend.array([[0.0], [0.0]]), t, **options)
+    assert np.isnan(frontend.numpy(info.event_time)[0]) and np.isnan(frontend.numpy(info.event_state)[0])
+    assert_close(frontend.numpy(info.event_time)[1], np.array(2.0), 1e-12)
+    assert_close(frontend.numpy(info.event_state)[1], np.array([3.0]), 1e-12)
+
+
+@pytest.mark.slow_to_compile
+def test_event_that_is_piecewise_constant(frontend):
+    """It is found, and has no derivative; a sample beside it keeps its own."""
+    t, xp = frontend.array([[0.0, 2.0]] * 2), frontend.xp
+    is_flat = frontend.array([1.0, 0.0]) > 0
+    event = lambda t, y: xp.where(is_flat, xp.sign(y[:, 0] - 0.5), y[:, 0] - 0.5)
+
+    def layer(w):
+        field, y0 = lambda t, y: w + 0 * y, frontend.array([[0.0], [0.0]])
+        return (odeint(frontend, field, y0, t, event=event, return_info=True)[1].event_time,)
+
+    (time,), (gradient,) = frontend.differentiable(layer)([np.ones((2, 1))], [np.ones(2)])
+    assert_close(time, np.array([0.5, 0.5]), 1e-5)
+    assert np.isnan(gradient[0])
+    assert_close(gradient[1], np.array([-0.5]), 1e-12)
+
+
 # What can go wrong
 
 

@@ -58,7 +58,8 @@ def replayed(values, replay, sweep, inputs):
 
     zeros = [jnp.where(jnp.isfinite(x), x - lax.stop_gradient(x), 0) for x in inputs]
     # All of the right-hand side is formally a function of all inputs: JAX 0.10 fails if a part is of none.
-    anchor = sum([0 * jnp.sum(x).astype(values[0].dtype) for x in zeros])
+    # Selected, not multiplied by zero: see `_one`.
+    anchor = sum([jnp.sum(jnp.where(False, x, 0)).astype(values[0].dtype) for x in zeros])
     zeros = tuple(x + anchor.astype(x.dtype) for x in zeros)
     none = tuple(jnp.zeros_like(v) + anchor for v in values)
     changes, _ = lax.custom_linear_solve(lambda x: x, (none, zeros), solve, solve_transposed)
