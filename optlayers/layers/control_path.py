@@ -95,6 +95,7 @@ def build_path(ops: MatrixFreeOps, t: Array, x: Array, interpolation: str, with_
     ops.on_host(_check_times, asked, t)
     count = ops.maximum(ops.to_int(ops.sum(ops.where(asked, 1, 0), 1)), 1)
     t = ops.where(asked, t, 0.0)
+    is_ordered = ops.all(asked[:, :-1] & (t[:, 1:] > t[:, :-1]) | ~asked[:, 1:], 1)
     t = ops.where(asked, t, ops.take_rows(t, (count - 1)[:, None]))
     observed = ops.isfinite(x) & asked[..., None]
     x = ops.where(observed, x, 0.0)
@@ -102,6 +103,7 @@ def build_path(ops: MatrixFreeOps, t: Array, x: Array, interpolation: str, with_
         x = ops.concat([t[..., None], x], 2)
         observed = ops.concat([ops.broadcast_to(asked[..., None], (*t.shape, 1)), observed], 2)
     times, coefficients = INTERPOLATIONS[interpolation](ops, t, x, observed)
+    coefficients = ops.where(is_ordered[:, None, None, None], coefficients, ops.nan)  # as where t is traced
     return ControlPath(ops, times, coefficients, is_single, interpolation in SMOOTH)
 
 

@@ -101,7 +101,9 @@ class InitialValueProblem:
         """
         axes = Axes(ops, y0, t)
         y = axes.start
-        times, count, sign = ascending(ops, axes.times(t))
+        times, count, sign, is_ordered = ascending(ops, axes.times(t))
+        if not ops.holds(ops.all(is_ordered)):  # where times are traced: else it has raised
+            y = ops.where(is_ordered[:, None], y, ops.nan)
         jump_times, order, jump = _jumps(ops, axes, jumps, sign)
         every = self.adjoint.checkpoint_every
         is_recorded = every == 0 and ops.has_tape() and all(map(ops.is_constant, (times, jump_times)))

@@ -82,10 +82,14 @@ class Axes:
         return self.ops.reshape(x, (self._batch,))
 
 
-def ascending(ops: MatrixFreeOps, t: Array) -> tuple[Array, Array, Array]:
-    """Times (B, T) in ascending order, how many of each row are asked for, and the sign that they now have.
+def ascending(ops: MatrixFreeOps, t: Array) -> tuple[Array, Array, Array, Array]:
+    """Times (B, T) in ascending order, how many of each row are asked for, the sign that they now have, and
+    whether they were in order.
 
     Behind the last time of a row it is repeated.
+
+    Raises:
+        ValueError: a row is out of order, if that can be told now.
     """
     asked = ops.isfinite(t)
     count = ops.to_int(ops.sum(ops.where(asked, 1, 0), 1))
@@ -94,7 +98,9 @@ def ascending(ops: MatrixFreeOps, t: Array) -> tuple[Array, Array, Array]:
     t = ops.where(asked, t, last)
     sign = ops.stop_gradient(ops.cast(ops.where(last < t[:, :1], -1.0, 1.0), t))
     ops.on_host(_check_times, asked, ops.stop_gradient(t * sign))
-    return t * sign, count, sign[:, 0]
+    t = t * sign
+    is_ordered = ops.all(asked[:, :-1] & (t[:, 1:] >= t[:, :-1]) | ~asked[:, 1:], 1)
+    return t, count, sign[:, 0], is_ordered
 
 
 def _check_times(asked: np.ndarray, t: np.ndarray) -> None:

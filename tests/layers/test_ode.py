@@ -733,6 +733,20 @@ def test_misuse(frontend, change, message):
         odeint(frontend, field, frontend.array(np.ones((2, 2))), frontend.array(t), **change)
 
 
+def test_traced_times_out_of_order_are_an_outcome():
+    """Of each sample, where nothing can be raised."""
+    jax = pytest.importorskip("jax")
+    from optlayers.jax import control_path, odeint
+
+    solve = jax.jit(lambda t: odeint(lambda y, t: y, jax.numpy.ones((4, 1)), t, return_info=True))
+    y, info = solve(jax.numpy.array([[0, 2, 1], [0, np.nan, 1], [2, 1, np.nan], [0, 1, 0.5]]))
+    assert info.status.tolist() == [Status.NON_FINITE.code] * 2 + [Status.SOLVED.code, Status.NON_FINITE.code]
+    assert np.isnan(np.asarray(y)[[0, 1, 3]]).all() and np.isfinite(y[2, :2]).all()
+    evaluate = jax.jit(lambda t: control_path(t, jax.numpy.ones((2, 3, 1))).evaluate(jax.numpy.array(0.5)))
+    value = evaluate(jax.numpy.array([[0.0, 2, 1], [0, 1, 2]]))
+    assert np.isnan(value[0]).all() and np.isfinite(value[1]).all()
+
+
 def test_torch_layer_is_a_module():
     frontend = torch_frontend()
     torch = frontend.framework
