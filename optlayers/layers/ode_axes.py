@@ -36,9 +36,15 @@ class Axes:
         self._own = self._shapes if self.is_single else [shape[1:] for shape in self._shapes]
 
     def times(self, t: Array) -> Array:
-        """(B, T), of the dtype of the state."""
-        t = self.ops.cast(t, self.start)
-        return t[None] if self.is_single else t
+        """(B, T), of the dtype of the state.
+
+        Raises:
+            ValueError: this dtype cannot tell the times apart.
+        """
+        given, t = t, self.ops.cast(t, self.start)
+        if given.dtype != t.dtype:
+            self.ops.on_host(_check_precision, *map(self.ops.stop_gradient, (given, t)))
+        return self.rows(t)
 
     def rows(self, x: Array) -> Array:
         """(B, ...), of an array that may lack the batch axis."""
@@ -101,6 +107,16 @@ def ascending(ops: MatrixFreeOps, t: Array) -> tuple[Array, Array, Array, Array]
     t = t * sign
     is_ordered = ops.all(asked[:, :-1] & (t[:, 1:] >= t[:, :-1]) | ~asked[:, 1:], 1)
     return t, count, sign[:, 0], is_ordered
+
+
+def _check_precision(given: np.ndarray, t: np.ndarray) -> None:
+    with np.errstate(invalid="ignore"):  # infinite times, of which nothing is asked
+        wanted, got = (x.astype(float) - x.astype(float)[..., :1] for x in (given, t))
+        if (abs(got - wanted) > 0.01 * abs(wanted)).any():
+            raise ValueError(
+                f"times are turned into {t.dtype}, the dtype of the state, which is too coarse for them; "
+                "subtract the first one, or take a state of double precision"
+            )
 
 
 def _check_times(asked: np.ndarray, t: np.ndarray) -> None:

@@ -733,6 +733,15 @@ def test_misuse(frontend, change, message):
         odeint(frontend, field, frontend.array(np.ones((2, 2))), frontend.array(t), **change)
 
 
+def test_times_that_single_precision_cannot_tell_apart(frontend):
+    t = 1.7e9 + np.array([0.0, 100.0])
+    y0, field = frontend.array([1.0], "float32"), lambda t, y: -0.01 * y
+    with pytest.raises(ValueError, match="float32.*subtract the first"):
+        odeint(frontend, field, y0, frontend.array(t))
+    y = odeint(frontend, field, y0, frontend.array(t - t[0]))
+    assert_close(frontend.numpy(y)[-1], np.exp([-1.0]), 1e-5)
+
+
 def test_traced_times_out_of_order_are_an_outcome():
     """Of each sample, where nothing can be raised."""
     jax = pytest.importorskip("jax")
