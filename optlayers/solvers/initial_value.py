@@ -197,7 +197,8 @@ class RungeKutta:
     def divide(self, ops: MatrixFreeOps, h: Array, gap: Array) -> tuple[Array, Array]:
         """The step towards a time that must be met, and whether it meets it; no small step is left over."""
         if not self.is_adaptive:
-            parts = 1 + ops.to_int((1 - 1e-9) * ops.minimum(gap / h, 1e9))
+            rounded = 1 - ops.eps(gap) ** 0.5  # for a gap of n steps to have n of them
+            parts = 1 + ops.to_int(rounded * ops.minimum(gap / h, 1e9))
             return gap / ops.cast(parts, gap), parts == 1
         meets = 1.01 * h >= gap
         return ops.where(meets, gap, ops.where(2 * h > gap, gap / 2, h)), meets
@@ -372,7 +373,9 @@ class _Loop:
         ops = self.ops
         if not self.method.is_adaptive:
             return refused, Status.NON_FINITE.code
-        underflow = refused & (h_next < 16 * ops.eps(t) * ops.maximum(abs(t), abs(end)))
+        # Not relative to the end, which may be far behind a fast start; but near t = 0 steps end somewhere.
+        eps = ops.eps(t)
+        underflow = refused & (h_next < 16 * eps * ops.maximum(abs(t), eps * abs(end)))
         return underflow, ops.where(ops.isfinite(error), Status.STEP_UNDERFLOW.code, Status.NON_FINITE.code)
 
     def _hits(self, row, t_new):

@@ -136,6 +136,24 @@ def test_without_step_size_fixed_steps_go_from_output_to_output(frontend):
     assert int(info.steps) == 2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_number_of_fixed_steps(dtype):
+    frontend = torch_frontend()
+    for outputs in (2, 11):
+        t, y0 = frontend.array(np.linspace(0, 1, outputs), dtype), frontend.array([1.0], dtype)
+        options = {"method": "rk4", "step_size": 0.1, "return_info": True}
+        assert int(odeint(frontend, lambda t, y: -y, y0, t, **options)[1].steps) == 10
+
+
+def test_fast_start_of_a_long_interval():
+    """Its steps are below the rounding of the end."""
+    frontend = torch_frontend()
+    t, y0 = frontend.array([0.0, 1e5], "float32"), frontend.array([1.0], "float32")
+    y, info = odeint(frontend, lambda t, y: -300 * y * (-t).exp(), y0, t, return_info=True)
+    assert_close(frontend.numpy(y)[-1], np.zeros(1), 1e-6)
+    assert int(info.status) == Status.SOLVED.code
+
+
 @pytest.mark.slow_to_compile
 def test_stiff_equation(frontend):
     """Van der Pol at mu = 30, past a fast transition; an explicit method needs many more steps."""
