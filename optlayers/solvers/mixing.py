@@ -134,7 +134,7 @@ class Mixing:
     def __call__(self, ops: MatrixFreeOps, C: Array, start: Array, free: Array) -> list[Array]:
         # A proximal term, which moves no fixed point, but keeps a vector that nothing pulls where it is.
         size = ops.sum(abs(C), -1)
-        proximal = 8 * ops.eps(C) * size + ops.where(size > 0, 0.0, 1.0)
+        proximal = ops.where(size > 0, 8 * ops.eps(C) * size, 1.0)
         rows = _rows(ops, C - proximal[..., None] * ops.eye(C.shape[-1], C))
         free_blocks = _blocks(ops, free[..., None])
 
