@@ -183,6 +183,10 @@ class MixingAdjoint:
         free = free[..., None]
         (a, b), (V, multipliers) = ((x[..., :-1], x[..., -1:]) for x in (free * rhs, root))
         scale = ops.where(multipliers > 0, free / multipliers, 0.0)
+        # A solution of about unit size, since the residual does not tell small ones from zero.
+        size = ops.amax(ops.amax(abs(ops.concat([scale * a, b], -1)), -1), -1)[:, None, None]
+        size = ops.where(size > 0, size, 1.0)
+        a, b = a / size, b / size
 
         rows, normal = _rows(ops, C), b * V
         V_blocks, scale, target = (_blocks(ops, x) for x in (V, scale, a - C @ normal))
@@ -200,5 +204,5 @@ class MixingAdjoint:
         solution = _iterate(ops, self.settings, sweep, 0 * V)
         w = solution.z + normal
         mu = ops.sum(V * (a - C @ w), -1, keepdims=True) - multipliers * b
-        w = ops.where(free > 0, ops.concat([w, mu], -1), rhs)
+        w = ops.where(free > 0, size * ops.concat([w, mu], -1), rhs)
         return [w, solution.residual, solution.status]
