@@ -144,7 +144,7 @@ class InitialValueProblem:
 def _jumps(ops: MatrixFreeOps, axes: Axes, jumps: Jumps | None, sign: Array):
     """Jump times in ascending order, infinite where there is none; their numbers; and the function."""
     if jumps is None:
-        return axes.start[:, :0], None, None
+        return ops.stop_gradient(axes.start)[:, :0], None, None  # a constant
     times, jump, *mask = jumps
     times = axes.times(times)
     valid = ops.isfinite(times)

@@ -309,7 +309,7 @@ class _Loop:
         stage_end = method.end_of(ops, grid, t, h, t_new)
         taken, work = self._take(t, h, y, f, stage_end)
         *K, y_new, f_new = map(ops.stop_gradient, taken)
-        error = method.error(ops, y, y_new, K)
+        error = method.error(ops, ops.stop_gradient(y), y_new, K)
         is_exact = running & (error <= 1)
         g_new, target, accepted = self._event(state, is_exact, target, t, h, y, K, t_new, y_new)
         if self.order > 0:

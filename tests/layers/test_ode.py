@@ -262,6 +262,17 @@ def test_recorded_steps(rng, method, direction):
     assert method == "rk4" or (info.rejected > 0).any()
 
 
+@pytest.mark.parametrize("of_y0", [True, False])
+def test_recorded_steps_are_not_taken_again(of_y0):
+    frontend, calls = torch_frontend(), []
+    y0, w = frontend.array([1.0]).requires_grad_(of_y0), frontend.array(0.5).requires_grad_()
+    field = lambda t, y: (calls.append(1), w * y)[1]
+    y = odeint(frontend, field, y0, frontend.array([0.0, 1.0]), adjoint=Discrete(0))
+    count = len(calls)
+    y.sum().backward()
+    assert len(calls) == count
+
+
 def test_refused_steps_are_not_recorded():
     """They reach where the field has no derivative, nor a value."""
     t, y0 = np.linspace(0, 1, 3) * np.ones((2, 1)), np.array([[1.0], [9.0]])
