@@ -76,10 +76,10 @@ class FixedPoint:
         solution = run(ops, self.solver, problem, start, tol, self.max_iter, tuple(self.record), True)
         if self.on_failure == "raise":
             ops.on_host(check, solution.status, solution.residual)
-        is_masked = self.on_failure == "mask"
-        z = self.adjoint(ops, Call(value, self.solver, tol, self.max_iter, self.order, is_masked), solution)
         usable = is_usable(solution.status)
-        if self.on_failure in ("raise", "nan") and not ops.holds(ops.all(usable)):
+        is_masked = self.on_failure != "ignore" and not ops.holds(ops.all(usable))
+        z = self.adjoint(ops, Call(value, self.solver, tol, self.max_iter, self.order, is_masked), solution)
+        if is_masked and self.on_failure != "mask":
             z = ops.where(usable[:, None], z, ops.nan)
         trajectory = tuple(unflatten(value(z)) for z in solution.trajectory)
         return unflatten(z), FixedPointInfo(*solution[1:5], trajectory)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from checks import assert_close
+from optlayers.layers.adjoint import Exact, Neumann, OneStep, Phantom, Shine
 from optlayers.solvers.fixed_point import Anderson, Broyden, NewtonKrylov, Picard, Problem, run
 from optlayers.status import SolveError, Status
 
@@ -272,6 +273,32 @@ def test_failed_sample_leaves_the_others_alone(frontend, policy):
     assert_close(slope_bar[USABLE], 1 / (1 - SLOPES[USABLE]) ** 2, 1e-10)
     assert slope_bar[1] == 0
     assert np.isnan(z[1]) if policy == "nan" else np.isfinite(z[1])
+
+
+@pytest.mark.parametrize("policy", ["nan", "mask"])
+@pytest.mark.parametrize("adjoint", [Phantom(), OneStep(), Neumann(), Exact()], ids=repr)
+def test_sample_that_leaves_its_domain_does_not_spoil_shared_weights(frontend, policy, adjoint):
+    """z -> w / 4 + z / 2 in the first row; the second one grows to where the map is NaN."""
+    rates = frontend.array([[0.5], [1.0]])
+
+    def layer(w):
+        f = lambda z: w / 4 + rates * z + 0 * (1.1 - z) ** 0.5
+        options = {"solver": Picard(), "adjoint": adjoint, "on_failure": policy, "tol": 1e-12}
+        return (frontend.module.fixed_point(f, frontend.array([[0.0], [0.0]]), **options)[0],)
+
+    (z,), (gradient,) = frontend.differentiable(layer)([np.array(1.0)], [np.ones(1)])
+    expected = {Exact: 0.5, OneStep: 0.25}.get(type(adjoint), 0.5 * (1 - 0.5**5))
+    assert_close(z, np.array([0.5]), 1e-11)
+    assert_close(gradient, np.array(expected), 1e-11)
+
+
+@pytest.mark.parametrize("adjoint", [Phantom(), OneStep(), Shine(), Exact()], ids=repr)
+def test_ignored_failure_gives_the_iterate_of_its_residual(frontend, adjoint):
+    f, start = lambda z: 2 * z + 1, frontend.array([[1.0]])
+    options = {"solver": frontend.module.Broyden(), "max_iter": 1, "on_failure": "ignore"}
+    z, info = frontend.module.fixed_point(f, start, adjoint=adjoint, return_info=True, **options)
+    residual = abs(frontend.numpy(f(z) - z) / frontend.numpy(f(z)))[0]
+    assert_close(residual, frontend.numpy(info.residual), 1e-14)
 
 
 def test_unsolved_adjoint_is_not_silent(frontend, rng):
