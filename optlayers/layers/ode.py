@@ -101,10 +101,10 @@ class InitialValueProblem:
         """
         axes = Axes(ops, y0, t)
         y = axes.start
-        times, count, sign, is_ordered = ascending(ops, axes.times(t))
+        times, count, sign, is_ordered = ascending(ops, _movable(ops, axes.times(t), self.order))
         if not ops.holds(ops.all(is_ordered)):  # where times are traced: else it has raised
             y = ops.where(is_ordered[:, None], y, ops.nan)
-        jump_times, order, jump = _jumps(ops, axes, jumps, sign)
+        jump_times, order, jump = _jumps(ops, axes, jumps, sign, self.order)
         every = self.adjoint.checkpoint_every
         is_recorded = every == 0 and ops.has_tape() and all(map(ops.is_constant, (times, jump_times)))
         system, theta = _system(ops, axes, func, jump, event, sign, times[:, 0], is_recorded)
@@ -141,12 +141,20 @@ class InitialValueProblem:
         return ops.where(failed, ops.stop_gradient(held), held) if self.on_failure == "mask" else held
 
 
-def _jumps(ops: MatrixFreeOps, axes: Axes, jumps: Jumps | None, sign: Array):
+def _movable(ops: MatrixFreeOps, x: Array, order: int) -> Array:
+    """`x`, where derivatives in times are those of a move along the flow, whose error is of third order."""
+    message = (
+        "derivatives in the times of outputs, jumps and events are right up to order 2; detach the times"
+    )
+    return ops.guard(x, 2, message) if order > 2 else x
+
+
+def _jumps(ops: MatrixFreeOps, axes: Axes, jumps: Jumps | None, sign: Array, derivatives: int):
     """Jump times in ascending order, infinite where there is none; their numbers; and the function."""
     if jumps is None:
         return ops.stop_gradient(axes.start)[:, :0], None, None  # a constant
     times, jump, *mask = jumps
-    times = axes.times(times)
+    times = _movable(ops, axes.times(times), derivatives)
     valid = ops.isfinite(times)
     if mask:
         valid = valid & axes.rows(mask[0])
@@ -226,7 +234,8 @@ def _event(solved: Solved, event: Callable, end: Array, order: int) -> tuple[Arr
     # Zero with derivatives that are NaN: those of a piecewise constant g do not tell how the time moves.
     d = ops.where(flat, ops.sqrt(ops.where(flat, 0 * ops.sum(end, 1), 1.0)), d)
     state = flow(field, t, end, d)
-    return ops.where(happened, t + d, ops.nan), ops.where(happened[:, None], state, ops.nan)
+    time, state = ops.where(happened, t + d, ops.nan), ops.where(happened[:, None], state, ops.nan)
+    return _movable(ops, time, order), _movable(ops, state, order)
 
 
 def odeint_doc():

@@ -192,6 +192,8 @@ class Steps:
                 return y_new[:, None]
             rows = ops.minimum(method.output_rows(ops, grid, entry), outputs.shape[1] - 1)
             times = ops.where(rows >= entry.row[:, None], ops.take_rows(outputs, rows), t[:, None])
+            if method.lands:  # interpolants of these methods know no second derivative
+                return flow(field, end, y_new, (times - ops.stop_gradient(times))[:, 0])[:, None]
             all_increments, _ = stages.complete(ops, field, h, K, y_new, first, end)
             return interpolate(ops, method.tableau, t, h, y, all_increments, times)
 

@@ -331,6 +331,28 @@ def test_second_derivatives(frontend, rng, outer, inner):
 
 
 @pytest.mark.slow_to_compile
+@pytest.mark.parametrize("method", ["dopri8", "kvaerno5", "rk4"])
+def test_second_derivatives_in_times_where_steps_end_at_outputs(frontend, method):
+    y0, field = frontend.array([1.0]), lambda t, y: -y
+    options = {"method": method, "order": 2} | TIGHT | ({"step_size": 0.02} if method == "rk4" else {})
+
+    def end(t):
+        return odeint(frontend, field, y0, frontend.xp.stack([0 * t, t / 2, t]), **options)[1:, 0].sum()
+
+    grad = frontend.transforms.grad
+    second = compiled(frontend, grad(grad(end)))(frontend.array(1.0))
+    assert_close(frontend.numpy(second), np.array(np.exp(-0.5) / 4 + np.exp(-1.0)), 1e-7)
+
+
+def test_third_derivatives_in_times_raise():
+    frontend = torch_frontend()
+    grad, y0 = frontend.transforms.grad, frontend.array([1.0])
+    end = lambda t: odeint(frontend, lambda t, y: -y, y0, frontend.xp.stack([0 * t, t]), order=3)[1, 0]
+    with pytest.raises(NotImplementedError, match="times .* up to order 2"):
+        grad(grad(grad(end)))(frontend.array(1.0))
+
+
+@pytest.mark.slow_to_compile
 def test_more_derivatives_than_asked_for_raise(frontend, rng):
     A, y0, t = (frontend.array(v) for v in spiral(rng))
     loss = lambda y0: (odeint(frontend, lambda t, y: A @ y, y0, t, method="rk4") ** 3).sum()
