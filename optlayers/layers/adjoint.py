@@ -39,7 +39,7 @@ class Call:
         tol: relative residual asked of the solution.
         max_iter: steps of the solver.
         order: how many derivatives are asked for.
-        is_masked: whether failed samples get zero derivatives.
+        is_masked: whether there are failed samples that get zero derivatives.
     """
 
     value: Callable[[Array], Array]
@@ -124,7 +124,7 @@ class OneStep:
     """
 
     def __call__(self, ops, call, solution):
-        return attach(ops, _residual(ops, call, solution), lambda r: r, solution.z, 1)
+        return attach(ops, _increment(ops, call, solution), lambda r: r, solution.z, 1)
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ class Phantom:
         residual, z = _residual(ops, call, solution), solution.z
         for _ in range(self.steps):
             z = z - self.tau * residual(z)
+        z = solution.z + (z - ops.stop_gradient(z))
         return ops.guard(z, 1, "the derivative of Phantom() is of first order; use Exact() and order=2")
 
 
@@ -169,11 +170,22 @@ class Shine:
         state = solution.state
         U, V = (ops.stop_gradient(rows) for rows in (state.U, state.V))
         solve = lambda r: -inverse_product(ops, U, V, state.used[:, None], r)
-        return attach(ops, _residual(ops, call, solution), solve, solution.z, 1)
+        return attach(ops, _increment(ops, call, solution), solve, solution.z, 1)
+
+
+def _increment(ops: MatrixFreeOps, call: Call, solution: Solution) -> Callable[[Array], Array]:
+    """The residual as zero, with its derivatives: the solution may be a mere iterate, and stays as it is."""
+    residual = _residual(ops, call, solution)
+
+    def increment(z):
+        r = residual(z)
+        return r - ops.stop_gradient(r)
+
+    return increment
 
 
 def _residual(ops: MatrixFreeOps, call: Call, solution: Solution) -> Callable[[Array], Array]:
-    """z to z - f(z), zero for failed samples under the policy "mask"."""
+    """z to z - f(z), zero for failed samples unless they are derived as if they were solutions."""
     return lambda z: _masked(ops, call, solution, z - call.value(z))
 
 

@@ -95,6 +95,7 @@ def build_path(ops: MatrixFreeOps, t: Array, x: Array, interpolation: str, with_
     ops.on_host(_check_times, asked, t)
     count = ops.maximum(ops.to_int(ops.sum(ops.where(asked, 1, 0), 1)), 1)
     t = ops.where(asked, t, 0.0)
+    is_ordered = ops.all(asked[:, :-1] & (t[:, 1:] > t[:, :-1]) | ~asked[:, 1:], 1)
     t = ops.where(asked, t, ops.take_rows(t, (count - 1)[:, None]))
     observed = ops.isfinite(x) & asked[..., None]
     x = ops.where(observed, x, 0.0)
@@ -102,6 +103,7 @@ def build_path(ops: MatrixFreeOps, t: Array, x: Array, interpolation: str, with_
         x = ops.concat([t[..., None], x], 2)
         observed = ops.concat([ops.broadcast_to(asked[..., None], (*t.shape, 1)), observed], 2)
     times, coefficients = INTERPOLATIONS[interpolation](ops, t, x, observed)
+    coefficients = ops.where(is_ordered[:, None, None, None], coefficients, ops.nan)  # as where t is traced
     return ControlPath(ops, times, coefficients, is_single, interpolation in SMOOTH)
 
 
@@ -200,7 +202,7 @@ def natural(ops: MatrixFreeOps, t: Array, x: Array, observed: Array) -> tuple[Ar
     spline = (values, *_natural_spline(ops, starts, values, last))
 
     k = ops.take_rows(ops.argsort(order), ops.maximum(before, 0))[:, :-1]
-    inside = ops.where((before[:, :-1] >= 0) & (k < last), 1.0, 0.0)
+    inside = ops.cast((before[:, :-1] >= 0) & (k < last), x)
     d = inside * (knots[:, :-1] - ops.take_rows(starts, k))
     a, b, c, e = (ops.take_rows(ops.concat([z, z[:, -1:]], 1)[:, :size], k) for z in spline)
     a, b, c, e = a + d * (b + d * (c + d * e)), b + d * (2 * c + 3 * d * e), c + 3 * d * e, e
@@ -219,7 +221,7 @@ def _natural_spline(ops: MatrixFreeOps, t: Array, x: Array, last: Array) -> tupl
     h = ops.where(h > 0, h, 1.0)
     s = (x[:, 1:] - x[:, :-1]) / h
     index = ops.constant(np.arange(size)[None], last)
-    inner = ops.where((index > 0) & (index < last), 1.0, 0.0)
+    inner = ops.cast((index > 0) & (index < last), x)
     pad = lambda z, front, back, value=0.0: ops.concat(
         [ops.full((z.shape[0], front), value, z), z, ops.full((z.shape[0], back), value, z)], 1
     )

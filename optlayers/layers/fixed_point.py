@@ -76,10 +76,10 @@ class FixedPoint:
         solution = run(ops, self.solver, problem, start, tol, self.max_iter, tuple(self.record), True)
         if self.on_failure == "raise":
             ops.on_host(check, solution.status, solution.residual)
-        is_masked = self.on_failure == "mask"
-        z = self.adjoint(ops, Call(value, self.solver, tol, self.max_iter, self.order, is_masked), solution)
         usable = is_usable(solution.status)
-        if self.on_failure in ("raise", "nan") and not ops.holds(ops.all(usable)):
+        is_masked = self.on_failure != "ignore" and not ops.holds(ops.all(usable))
+        z = self.adjoint(ops, Call(value, self.solver, tol, self.max_iter, self.order, is_masked), solution)
+        if is_masked and self.on_failure != "mask":
             z = ops.where(usable[:, None], z, ops.nan)
         trajectory = tuple(unflatten(value(z)) for z in solution.trajectory)
         return unflatten(z), FixedPointInfo(*solution[1:5], trajectory)
@@ -118,7 +118,7 @@ def flatten_state(ops: MatrixFreeOps, tree: Any) -> tuple[Array, Callable[[Array
     """The arrays (B, ...) of a state as one matrix (B, k), and the way back.
 
     Raises:
-        ValueError: the arrays have no batch axis in common, or several dtypes.
+        ValueError: the arrays have no batch axis in common, or several dtypes, or none of real floats.
     """
     leaves, rebuild = ops.tree_flatten(tree)
     shapes = [tuple(x.shape) for x in leaves]
@@ -126,6 +126,7 @@ def flatten_state(ops: MatrixFreeOps, tree: Any) -> tuple[Array, Callable[[Array
         raise ValueError(f"z0 must hold arrays with one batch axis in front, the same in all; got {shapes}")
     if len({x.dtype for x in leaves}) > 1:
         raise ValueError(f"all arrays of z0 must have one dtype, got {[str(x.dtype) for x in leaves]}")
+    check_floats(leaves[0], "the state")
     ends = np.cumsum([math.prod(shape[1:]) for shape in shapes]).tolist()
 
     def unflatten(z):
@@ -133,6 +134,14 @@ def flatten_state(ops: MatrixFreeOps, tree: Any) -> tuple[Array, Callable[[Array
         return rebuild([ops.reshape(z[:, i:j], shape) for i, j, shape in parts])
 
     return _join(ops, leaves), unflatten
+
+
+def check_floats(x: Array, name: str) -> None:
+    if "float" not in str(x.dtype):
+        raise ValueError(
+            f"{name} must hold real floating-point numbers, got {x.dtype}; convert integers, and hold "
+            "complex numbers by their real and imaginary parts, one more axis of size 2"
+        )
 
 
 def _join(ops: MatrixFreeOps, leaves: Sequence[Array]) -> Array:

@@ -101,8 +101,10 @@ class InitialValueProblem:
         """
         axes = Axes(ops, y0, t)
         y = axes.start
-        times, count, sign = ascending(ops, axes.times(t))
-        jump_times, order, jump = _jumps(ops, axes, jumps, sign)
+        times, count, sign, is_ordered = ascending(ops, _movable(ops, axes.times(t), self.order))
+        if not ops.holds(ops.all(is_ordered)):  # where times are traced: else it has raised
+            y = ops.where(is_ordered[:, None], y, ops.nan)
+        jump_times, order, jump = _jumps(ops, axes, jumps, sign, self.order)
         every = self.adjoint.checkpoint_every
         is_recorded = every == 0 and ops.has_tape() and all(map(ops.is_constant, (times, jump_times)))
         system, theta = _system(ops, axes, func, jump, event, sign, times[:, 0], is_recorded)
@@ -139,12 +141,20 @@ class InitialValueProblem:
         return ops.where(failed, ops.stop_gradient(held), held) if self.on_failure == "mask" else held
 
 
-def _jumps(ops: MatrixFreeOps, axes: Axes, jumps: Jumps | None, sign: Array):
+def _movable(ops: MatrixFreeOps, x: Array, order: int) -> Array:
+    """`x`, where derivatives in times are those of a move along the flow, whose error is of third order."""
+    message = (
+        "derivatives in the times of outputs, jumps and events are right up to order 2; detach the times"
+    )
+    return ops.guard(x, 2, message) if order > 2 else x
+
+
+def _jumps(ops: MatrixFreeOps, axes: Axes, jumps: Jumps | None, sign: Array, derivatives: int):
     """Jump times in ascending order, infinite where there is none; their numbers; and the function."""
     if jumps is None:
-        return axes.start[:, :0], None, None
+        return ops.stop_gradient(axes.start)[:, :0], None, None  # a constant
     times, jump, *mask = jumps
-    times = axes.times(times)
+    times = _movable(ops, axes.times(times), derivatives)
     valid = ops.isfinite(times)
     if mask:
         valid = valid & axes.rows(mask[0])
@@ -217,10 +227,15 @@ def _event(solved: Solved, event: Callable, end: Array, order: int) -> tuple[Arr
     g = lambda d: event(t + d, flow(field, t, end, d), theta)
     d = 0 * t
     rate = ops.tangent_map(g, d)(d + 1)
+    flat = happened & (rate == 0)
+    moves = happened & ~flat
     for _ in range(order + 2):
-        d = d - ops.where(happened, g(d), 0.0) / ops.where(happened, rate, 1.0)
+        d = d - ops.where(moves, g(d), 0.0) / ops.where(moves, rate, 1.0)
+    # Zero with derivatives that are NaN: those of a piecewise constant g do not tell how the time moves.
+    d = ops.where(flat, ops.sqrt(ops.where(flat, 0 * ops.sum(end, 1), 1.0)), d)
     state = flow(field, t, end, d)
-    return ops.where(happened, t + d, ops.nan), ops.where(happened[:, None], state, ops.nan)
+    time, state = ops.where(happened, t + d, ops.nan), ops.where(happened[:, None], state, ops.nan)
+    return _movable(ops, time, order), _movable(ops, state, order)
 
 
 def odeint_doc():
@@ -249,8 +264,8 @@ def odeint_doc():
             fn gives; at times that are NaN or masked nothing happens. An output at the time of a jump is the
             state before it.
         event: a function of the arguments of func, but args, with one number for each sample. Where it
-            changes sign the solution ends: later outputs are NaN, and the info has event_time and
-            event_state.
+            changes sign on the way, not by a jump, the solution ends: later outputs are NaN, and the info has
+            event_time and event_state. A number that is piecewise constant makes their derivatives NaN.
         step_size: fixed steps of about this size; None steps from one output to the next where the method
             does not choose its steps.
         first_step: None chooses it.

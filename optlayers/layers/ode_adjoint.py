@@ -192,6 +192,8 @@ class Steps:
                 return y_new[:, None]
             rows = ops.minimum(method.output_rows(ops, grid, entry), outputs.shape[1] - 1)
             times = ops.where(rows >= entry.row[:, None], ops.take_rows(outputs, rows), t[:, None])
+            if method.lands:  # interpolants of these methods know no second derivative
+                return flow(field, end, y_new, (times - ops.stop_gradient(times))[:, 0])[:, None]
             all_increments, _ = stages.complete(ops, field, h, K, y_new, first, end)
             return interpolate(ops, method.tableau, t, h, y, all_increments, times)
 
@@ -209,7 +211,7 @@ class Steps:
             times = ops.where(leaps[:, 0], ops.take_rows(jumps, j[:, None])[:, 0], t)
             early = times - ops.stop_gradient(times)
             move = (lambda t, y, d: y) if ops.is_constant(jumps) else (lambda *args: flow(field, *args))
-            before = move(ops.stop_gradient(times), y_new, early)
+            before = move(end, y_new, early)  # along the field before the jump
             after = system.jump(times, before, j, theta)
             y_new = ops.where(leaps, move(times, after, -early), y_new)
             return y_new, ops.stack([before, after], 1)

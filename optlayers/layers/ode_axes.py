@@ -36,9 +36,15 @@ class Axes:
         self._own = self._shapes if self.is_single else [shape[1:] for shape in self._shapes]
 
     def times(self, t: Array) -> Array:
-        """(B, T), of the dtype of the state."""
-        t = self.ops.cast(t, self.start)
-        return t[None] if self.is_single else t
+        """(B, T), of the dtype of the state.
+
+        Raises:
+            ValueError: this dtype cannot tell the times apart.
+        """
+        given, t = t, self.ops.cast(t, self.start)
+        if given.dtype != t.dtype:
+            self.ops.on_host(_check_precision, *map(self.ops.stop_gradient, (given, t)))
+        return self.rows(t)
 
     def rows(self, x: Array) -> Array:
         """(B, ...), of an array that may lack the batch axis."""
@@ -82,10 +88,14 @@ class Axes:
         return self.ops.reshape(x, (self._batch,))
 
 
-def ascending(ops: MatrixFreeOps, t: Array) -> tuple[Array, Array, Array]:
-    """Times (B, T) in ascending order, how many of each row are asked for, and the sign that they now have.
+def ascending(ops: MatrixFreeOps, t: Array) -> tuple[Array, Array, Array, Array]:
+    """Times (B, T) in ascending order, how many of each row are asked for, the sign that they now have, and
+    whether they were in order.
 
     Behind the last time of a row it is repeated.
+
+    Raises:
+        ValueError: a row is out of order, if that can be told now.
     """
     asked = ops.isfinite(t)
     count = ops.to_int(ops.sum(ops.where(asked, 1, 0), 1))
@@ -94,7 +104,19 @@ def ascending(ops: MatrixFreeOps, t: Array) -> tuple[Array, Array, Array]:
     t = ops.where(asked, t, last)
     sign = ops.stop_gradient(ops.cast(ops.where(last < t[:, :1], -1.0, 1.0), t))
     ops.on_host(_check_times, asked, ops.stop_gradient(t * sign))
-    return t * sign, count, sign[:, 0]
+    t = t * sign
+    is_ordered = ops.all(asked[:, :-1] & (t[:, 1:] >= t[:, :-1]) | ~asked[:, 1:], 1)
+    return t, count, sign[:, 0], is_ordered
+
+
+def _check_precision(given: np.ndarray, t: np.ndarray) -> None:
+    with np.errstate(invalid="ignore"):  # infinite times, of which nothing is asked
+        wanted, got = (x.astype(float) - x.astype(float)[..., :1] for x in (given, t))
+        if (abs(got - wanted) > 0.01 * abs(wanted)).any():
+            raise ValueError(
+                f"times are turned into {t.dtype}, the dtype of the state, which is too coarse for them; "
+                "subtract the first one, or take a state of double precision"
+            )
 
 
 def _check_times(asked: np.ndarray, t: np.ndarray) -> None:

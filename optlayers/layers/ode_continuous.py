@@ -44,7 +44,10 @@ class Continuous:
         """Cotangents of the inputs: a solve in negated time, in which each output is a jump of (y, a)."""
         ops, grid, (_, times, jumps, *theta) = solved.ops, solved.grid, inputs
         (results, end), (results_bar, end_bar) = values, cotangents
-        width, start = end.shape[1], -solved.outcome.time
+        width, first = end.shape[1], -grid.outputs[:, 0]
+        # Nothing of what nobody asks for, as of samples that failed: backwards it might fail again.
+        is_idle = ops.all(ops.all(results_bar == 0, -1), -1) & ops.all(end_bar == 0, -1)
+        start = ops.where(is_idle, first, -solved.outcome.time)
         index = ops.constant(np.arange(times.shape[1])[None], grid.count)
         reached = (index < grid.count[:, None]) & (grid.outputs <= solved.outcome.time[:, None])
         moments = ops.where(reached, -grid.outputs, ops.inf)
@@ -64,7 +67,7 @@ class Continuous:
             add = lambda: self._gather(solved, theta, t, h, state, K)
             return ops.cond(ops.any_mapped(h > 0), add, lambda: [ops.full(x.shape, 0.0, x) for x in theta])
 
-        interval = ops.stack([start, -grid.outputs[:, 0]], 1)
+        interval = ops.stack([start, first], 1)
         backward = Grid(interval, ops.to_int(0 * start) + 2, ops.take_rows(moments, order))
         nothing = [ops.full(x.shape, 0.0, x) for x in theta]
         _, state, _, outcome, totals = solved.method.integrate(

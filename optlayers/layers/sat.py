@@ -18,7 +18,7 @@ from ..ops import Array, MatrixFreeOps
 from ..solvers.fixed_point import Anderson, FixedPointSolver, NewtonKrylov, Picard
 from ..solvers.mixing import Mixing, MixingAdjoint
 from ..status import Status, batch_axes, warn_of_inexact_gradients
-from .fixed_point import FAILURE_POLICIES
+from .fixed_point import FAILURE_POLICIES, check_floats
 
 _UNSOLVED = partial(
     warn_of_inexact_gradients,
@@ -110,14 +110,14 @@ class SAT:
     ) -> SATSolution:
         """The solution for z with any batch axes in front, and `is_input` with the same or none."""
         lead, n = tuple(z.shape[:-1]), self.variables
-        self._check_shapes(S, z, is_input)
+        self._check_inputs(S, z, is_input)
         batch = math.prod(lead)
         is_input = ops.reshape(ops.broadcast_to(is_input, (*lead, n)), (batch, n))
         with batch_axes(lead):
             solution = self._solve(ops, S, directions, ops.reshape(z, (batch, n)), is_input)
         return SATSolution(*(ops.reshape(x, (*lead, *x.shape[1:])) for x in solution))
 
-    def _check_shapes(self, S: Array, z: Array, is_input: Array) -> None:
+    def _check_inputs(self, S: Array, z: Array, is_input: Array) -> None:
         expected = (self.clauses, self.size)
         if tuple(S.shape) != expected:
             raise ValueError(
@@ -129,6 +129,7 @@ class SAT:
                 f"z must have the shape (..., {self.variables}) and is_input the same or {own}; "
                 f"got {shape} and {tuple(is_input.shape)}"
             )
+        check_floats(z, "z")
 
     def _solve(
         self, ops: MatrixFreeOps, S: Array, directions: Array, z: Array, is_input: Array

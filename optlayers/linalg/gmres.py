@@ -29,7 +29,7 @@ def gmres(
             weights = products(ops, images, q)
             p, q = p - combine(ops, weights, basis), q - combine(ops, weights, images)
         left = ops.norm(q)
-        scale = (ops.where(left > tiny * size, 1.0, 0.0) / _or_one(ops, left))[:, None]
+        scale = ops.where(left > tiny * size, 1 / _or_one(ops, left), 0.0)[:, None]
         p, q = p * scale, q * scale
         step = ops.sum(q * r, -1)[:, None]
         before, x, r = ops.norm(r), x + step * p, r - step * q

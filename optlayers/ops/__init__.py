@@ -16,6 +16,11 @@ import numpy as np
 
 Array = Any
 
+NO_SECOND_DERIVATIVE = (
+    "this gradient has no derivative of its own; use gradient='exact' or 'smoothed' of an optimisation "
+    "layer, adjoint=Discrete() and order=2 of a differential equation"
+)
+
 
 class Leaf(Protocol):
     """A computation that is never differentiated: a solver, and the shapes of what it returns.

@@ -206,8 +206,9 @@ class Anderson:
         identity = ops.eye(self.memory, rhs)[None]
         size = ops.sqrt(ops.sum(gram * identity, -1))
         added = 100 * ops.eps(rhs) if self.regularization is None else self.regularization
-        diagonal = ops.where(size > 0, added, 1.0)  # an empty row gets the equation gamma = 0
-        size = ops.where(size > 0, size, 1.0)
+        is_filled = size > 0
+        size = ops.where(is_filled, size, 1.0)
+        diagonal = ops.where(is_filled, added, size)  # an empty row gets the equation gamma = 0
         matrix = gram / (size[..., None] * size[:, None]) + diagonal[..., None] * identity
         gamma = ops.cholesky_solve(ops.cholesky(matrix), (rhs / size)[..., None])[..., 0]
         usable = ops.all(ops.isfinite(gamma), -1)[:, None]

@@ -197,7 +197,8 @@ class RungeKutta:
     def divide(self, ops: MatrixFreeOps, h: Array, gap: Array) -> tuple[Array, Array]:
         """The step towards a time that must be met, and whether it meets it; no small step is left over."""
         if not self.is_adaptive:
-            parts = 1 + ops.to_int((1 - 1e-9) * ops.minimum(gap / h, 1e9))
+            rounded = 1 - ops.eps(gap) ** 0.5  # for a gap of n steps to have n of them
+            parts = 1 + ops.to_int(rounded * ops.minimum(gap / h, 1e9))
             return gap / ops.cast(parts, gap), parts == 1
         meets = 1.01 * h >= gap
         return ops.where(meets, gap, ops.where(2 * h > gap, gap / 2, h)), meets
@@ -308,7 +309,7 @@ class _Loop:
         stage_end = method.end_of(ops, grid, t, h, t_new)
         taken, work = self._take(t, h, y, f, stage_end)
         *K, y_new, f_new = map(ops.stop_gradient, taken)
-        error = method.error(ops, y, y_new, K)
+        error = method.error(ops, ops.stop_gradient(y), y_new, K)
         is_exact = running & (error <= 1)
         g_new, target, accepted = self._event(state, is_exact, target, t, h, y, K, t_new, y_new)
         if self.order > 0:
@@ -316,18 +317,18 @@ class _Loop:
 
         hits, times = self._hits(row, t_new)
         advances = accepted & (hits <= times.shape[1])
-        leaps = advances & (t_new >= next_jump)
+        happened = advances & (t_new >= target)
+        leaps = advances & (t_new >= next_jump) & ~happened
         entry = Entry(t, h, row, ops.where(accepted, hits, 0), ops.where(leaps, jump, -1))
         log = self._write(state, entry, accepted)
         results = self._emit(state.results, entry, y, K, y_new, times)
-        y_new, f_new, results = self._leap(entry, t_new, y_new, f_new, results)
+        y_new, f_new, g_new, results = self._leap(entry, t_new, y_new, f_new, g_new, results)
         jump = jump + ops.to_int(leaps)
         totals = state.totals
         if self.quadrature is not None:
             added = self.quadrature(t, ops.where(advances, h, 0.0), y, K)
             totals = tuple([a + b for a, b in zip(totals, added, strict=True)])
 
-        happened = advances & (t_new >= target)
         done = advances & (t_new >= end) & (_following(ops, grid.jumps, jump) > end) | happened
         h_next = method.next_step(ops, h, h_full, meets, error, error_before, accepted)
         failed, reason = self._failure(running & ~is_exact, error, h_next, t, end)
@@ -372,7 +373,9 @@ class _Loop:
         ops = self.ops
         if not self.method.is_adaptive:
             return refused, Status.NON_FINITE.code
-        underflow = refused & (h_next < 16 * ops.eps(t) * ops.maximum(abs(t), abs(end)))
+        # Not relative to the end, which may be far behind a fast start; but near t = 0 steps end somewhere.
+        eps = ops.eps(t)
+        underflow = refused & (h_next < 16 * eps * ops.maximum(abs(t), eps * abs(end)))
         return underflow, ops.where(ops.isfinite(error), Status.STEP_UNDERFLOW.code, Status.NON_FINITE.code)
 
     def _hits(self, row, t_new):
@@ -410,19 +413,20 @@ class _Loop:
 
         return ops.cond(ops.any_mapped(entry.hits > 0), emit, lambda results: results, results)
 
-    def _leap(self, entry, t_new, y_new, f_new, results):
+    def _leap(self, entry, t_new, y_new, f_new, g_new, results):
         ops, grid = self.ops, self.grid
         if grid.jumps.shape[1] == 0:
-            return y_new, f_new, results
+            return y_new, f_new, g_new, results
 
-        def leap(y_new, f_new, results):
+        def leap(y_new, f_new, g_new, results):
             leaps, jump = entry.jump >= 0, ops.maximum(entry.jump, 0)
             after = select(ops, leaps, self.system.jump(t_new, y_new, jump, self.theta), y_new)
             results = ops.put_rows(results, grid.jump_rows(ops, entry.jump), ops.stack([y_new, after], 1))
-            return after, select(ops, leaps, self.field(t_new, after), f_new), results
+            restarted = after, self.field(t_new, after), self.event(t_new, after)
+            return *select(ops, leaps, restarted, (after, f_new, g_new)), results
 
         stay = lambda *operands: operands
-        return ops.cond(ops.any_mapped(entry.jump >= 0), leap, stay, y_new, f_new, results)
+        return ops.cond(ops.any_mapped(entry.jump >= 0), leap, stay, y_new, f_new, g_new, results)
 
     def _event(self, state, accepted, target, t, h, y, K, t_new, y_new):
         """A step over the event is refused, and the next one ends at it, as the interpolant has it."""
@@ -430,7 +434,7 @@ class _Loop:
         if self.system.event is None:
             return state.g, target, accepted
         g_new = self.event(t_new, y_new)
-        crosses = accepted & (state.g * g_new < 0) & (t_new < target)
+        crosses = accepted & (state.g != 0) & (state.g * g_new <= 0) & (t_new < target)
 
         def locate():
             def value(fraction):
@@ -441,7 +445,7 @@ class _Loop:
             return t + _illinois(ops, value, state.g, g_new) * h
 
         found = ops.cond(ops.any_mapped(crosses), locate, lambda: t)
-        target = ops.where(crosses, found, target)
+        target = ops.where(crosses, ops.minimum(found, t_new), target)
         return g_new, target, accepted & ~crosses
 
 

@@ -134,7 +134,7 @@ class Mixing:
     def __call__(self, ops: MatrixFreeOps, C: Array, start: Array, free: Array) -> list[Array]:
         # A proximal term, which moves no fixed point, but keeps a vector that nothing pulls where it is.
         size = ops.sum(abs(C), -1)
-        proximal = 8 * ops.eps(C) * size + ops.where(size > 0, 0.0, 1.0)
+        proximal = ops.where(size > 0, 8 * ops.eps(C) * size, 1.0)
         rows = _rows(ops, C - proximal[..., None] * ops.eye(C.shape[-1], C))
         free_blocks = _blocks(ops, free[..., None])
 
@@ -183,6 +183,10 @@ class MixingAdjoint:
         free = free[..., None]
         (a, b), (V, multipliers) = ((x[..., :-1], x[..., -1:]) for x in (free * rhs, root))
         scale = ops.where(multipliers > 0, free / multipliers, 0.0)
+        # A solution of about unit size, since the residual does not tell small ones from zero.
+        size = ops.amax(ops.amax(abs(ops.concat([scale * a, b], -1)), -1), -1)[:, None, None]
+        size = ops.where(size > 0, size, 1.0)
+        a, b = a / size, b / size
 
         rows, normal = _rows(ops, C), b * V
         V_blocks, scale, target = (_blocks(ops, x) for x in (V, scale, a - C @ normal))
@@ -200,5 +204,5 @@ class MixingAdjoint:
         solution = _iterate(ops, self.settings, sweep, 0 * V)
         w = solution.z + normal
         mu = ops.sum(V * (a - C @ w), -1, keepdims=True) - multipliers * b
-        w = ops.where(free > 0, ops.concat([w, mu], -1), rhs)
+        w = ops.where(free > 0, size * ops.concat([w, mu], -1), rhs)
         return [w, solution.residual, solution.status]

@@ -21,6 +21,7 @@ from ..layers.ode_adjoint import Adjoint, Discrete
 from ..ops import torch as ops
 from ..solvers.tableaux import Tableau
 from .calling import not_traced
+from .repeatable import snapshot
 
 WHY_NOT_TRACED = (
     "the steps of an ODE solver depend on the data and cannot be traced into a graph; compile the vector "
@@ -64,6 +65,7 @@ def odeint(
     problem = InitialValueProblem(
         method, rtol, atol, adjoint, step_size, first_step, max_steps, order, on_failure
     )
+    func = snapshot(func)
     y, info = problem(ops, lambda t, y: func(t, y, *args), y0, t, jumps, event)
     return (y, info) if return_info else y
 
@@ -71,6 +73,10 @@ def odeint(
 @continues(ode_doc)
 class ODE(nn.Module):
     """
+    A func that is a module counts as it is when a solve begins, forward and backward, by a copy of it that
+    shares its tensors: what it assigns to attributes of its own is not seen outside; `ODEInfo.evaluations`
+    counts its calls.
+
     Example:
         >>> import torch
         >>> from optlayers.torch import ODE
@@ -105,7 +111,8 @@ class ODE(nn.Module):
         self, y0: Any, t: Tensor, *args: Any, jumps: Jumps | None = None, event: Callable | None = None
     ) -> tuple[Any, ODEInfo]:
         """The solution, and what became of each sample."""
-        return self.settings(ops, lambda t, y: self.func(t, y, *args), y0, t, jumps, event)
+        func = snapshot(self.func)
+        return self.settings(ops, lambda t, y: func(t, y, *args), y0, t, jumps, event)
 
     def forward(
         self, y0: Any, t: Tensor, *args: Any, jumps: Jumps | None = None, event: Callable | None = None

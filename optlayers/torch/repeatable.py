@@ -16,14 +16,18 @@ def repeatable(cell: Callable) -> Callable:
 
     Weights by parametrisation, such as spectral norms, are evaluated once, here.
     """
-    return _SameRandomNumbers(_snapshot(cell, {}) if isinstance(cell, nn.Module) else cell)
+    return _SameRandomNumbers(snapshot(cell))
+
+
+def snapshot(function: Callable) -> Callable:
+    """`function`, of a module a copy that shares its tensors, and has results of parametrisations as such.
+
+    It keeps them when the module is given others, as by torch.func.functional_call, before the backward pass.
+    """
+    return _snapshot(function, {}) if isinstance(function, nn.Module) else function
 
 
 def _snapshot(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of `module` that shares its tensors; the results of parametrisations are plain tensors in it.
-
-    It keeps them when `module` is given others, as by torch.func.functional_call, before the backward pass.
-    """
     if module in done:
         return done[module]
     twin = done[module] = object.__new__(type_before_parametrizations(module))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from checks import assert_close
+from optlayers.layers.adjoint import Exact, Neumann, OneStep, Phantom, Shine
 from optlayers.solvers.fixed_point import Anderson, Broyden, NewtonKrylov, Picard, Problem, run
 from optlayers.status import SolveError, Status
 
@@ -274,6 +275,32 @@ def test_failed_sample_leaves_the_others_alone(frontend, policy):
     assert np.isnan(z[1]) if policy == "nan" else np.isfinite(z[1])
 
 
+@pytest.mark.parametrize("policy", ["nan", "mask"])
+@pytest.mark.parametrize("adjoint", [Phantom(), OneStep(), Neumann(), Exact()], ids=repr)
+def test_sample_that_leaves_its_domain_does_not_spoil_shared_weights(frontend, policy, adjoint):
+    """z -> w / 4 + z / 2 in the first row; the second one grows to where the map is NaN."""
+    rates = frontend.array([[0.5], [1.0]])
+
+    def layer(w):
+        f = lambda z: w / 4 + rates * z + 0 * (1.1 - z) ** 0.5
+        options = {"solver": Picard(), "adjoint": adjoint, "on_failure": policy, "tol": 1e-12}
+        return (frontend.module.fixed_point(f, frontend.array([[0.0], [0.0]]), **options)[0],)
+
+    (z,), (gradient,) = frontend.differentiable(layer)([np.array(1.0)], [np.ones(1)])
+    expected = {Exact: 0.5, OneStep: 0.25}.get(type(adjoint), 0.5 * (1 - 0.5**5))
+    assert_close(z, np.array([0.5]), 1e-11)
+    assert_close(gradient, np.array(expected), 1e-11)
+
+
+@pytest.mark.parametrize("adjoint", [Phantom(), OneStep(), Shine(), Exact()], ids=repr)
+def test_ignored_failure_gives_the_iterate_of_its_residual(frontend, adjoint):
+    f, start = lambda z: 2 * z + 1, frontend.array([[1.0]])
+    options = {"solver": frontend.module.Broyden(), "max_iter": 1, "on_failure": "ignore"}
+    z, info = frontend.module.fixed_point(f, start, adjoint=adjoint, return_info=True, **options)
+    residual = abs(frontend.numpy(f(z) - z) / frontend.numpy(f(z)))[0]
+    assert_close(residual, frontend.numpy(info.residual), 1e-14)
+
+
 def test_unsolved_adjoint_is_not_silent(frontend, rng):
     values = inputs(rng)
     layer = linear(frontend, adjoint=frontend.module.Exact(Picard(), max_iter=2))
@@ -291,6 +318,16 @@ def test_wrong_shapes_are_named(frontend):
         fixed_point(lambda z: z[:, :2], z)
     with pytest.raises(ValueError, match="one batch axis"):
         fixed_point(lambda z: z, {"a": z, "b": z[:1]})
+
+
+@pytest.mark.parametrize("dtype", ["complex128", "int32", "bool"])
+def test_states_that_are_no_real_floats_are_refused(frontend, dtype):
+    """Sums of squares of complex numbers may be zero: what is far from a solution would count as one."""
+    z = frontend.xp.ones((2, 3), dtype=getattr(frontend.xp, dtype))
+    with pytest.raises(ValueError, match=f"real floating-point numbers, got .*{dtype}"):
+        frontend.module.fixed_point(lambda z: z, z)
+    with pytest.raises(ValueError, match=f"real floating-point numbers, got .*{dtype}"):
+        frontend.module.odeint(lambda *_: z, z, frontend.array([0.0, 1.0]))
 
 
 def test_single_precision(frontend, rng):

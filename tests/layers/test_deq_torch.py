@@ -9,7 +9,16 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm  # noqa: E402
 
-from optlayers.torch import DEQ, fixed_point  # noqa: E402
+from optlayers.torch import (  # noqa: E402
+    DEQ,
+    Anderson,
+    Broyden,
+    NewtonKrylov,
+    Picard,
+    SATLayer,
+    control_path,
+    fixed_point,
+)
 
 TIGHT = {"tol": 1e-13, "max_iter": 200}
 
@@ -185,3 +194,29 @@ def test_cells_equal_their_unrolling(name):
 
     for a, e in zip(gradients(deq(x)), gradients(deq(x, unroll=300)), strict=True):
         assert_close(a, e, 1e-8)
+
+
+@pytest.fixture
+def double_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("double_by_default")
+@pytest.mark.parametrize("solver", [Anderson(), Broyden(), NewtonKrylov(), Picard()], ids=repr)
+def test_fixed_points_have_the_dtype_of_the_data(solver):
+    x = torch.ones(2, 3, dtype=torch.float32, requires_grad=True)
+    z = fixed_point(lambda z: 0.3 * torch.cos(z) * x, torch.zeros_like(x), solver=solver)
+    (gradient,) = torch.autograd.grad(z.sum(), x)
+    assert z.dtype == gradient.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("double_by_default")
+def test_paths_and_probabilities_have_the_dtype_of_the_data():
+    t, x = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float32), torch.ones(3, 1, dtype=torch.float32)
+    for kind in ("linear", "rectilinear", "hermite", "natural"):
+        assert control_path(t, x, kind).evaluate(t[1]).dtype == torch.float32
+    z = SATLayer(2, 3).float()(t[:2] / 2, torch.tensor([True, False]))
+    z.sum().backward()
+    assert z.dtype == torch.float32

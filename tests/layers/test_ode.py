@@ -4,6 +4,7 @@ import contextlib
 import copy
 import pickle
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -135,6 +136,24 @@ def test_without_step_size_fixed_steps_go_from_output_to_output(frontend):
     assert int(info.steps) == 2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_number_of_fixed_steps(dtype):
+    frontend = torch_frontend()
+    for outputs in (2, 11):
+        t, y0 = frontend.array(np.linspace(0, 1, outputs), dtype), frontend.array([1.0], dtype)
+        options = {"method": "rk4", "step_size": 0.1, "return_info": True}
+        assert int(odeint(frontend, lambda t, y: -y, y0, t, **options)[1].steps) == 10
+
+
+def test_fast_start_of_a_long_interval():
+    """Its steps are below the rounding of the end."""
+    frontend = torch_frontend()
+    t, y0 = frontend.array([0.0, 1e5], "float32"), frontend.array([1.0], "float32")
+    y, info = odeint(frontend, lambda t, y: -300 * y * (-t).exp(), y0, t, return_info=True)
+    assert_close(frontend.numpy(y)[-1], np.zeros(1), 1e-6)
+    assert int(info.status) == Status.SOLVED.code
+
+
 @pytest.mark.slow_to_compile
 def test_stiff_equation(frontend):
     """Van der Pol at mu = 30, past a fast transition; an explicit method needs many more steps."""
@@ -243,6 +262,17 @@ def test_recorded_steps(rng, method, direction):
     assert method == "rk4" or (info.rejected > 0).any()
 
 
+@pytest.mark.parametrize("of_y0", [True, False])
+def test_recorded_steps_are_not_taken_again(of_y0):
+    frontend, calls = torch_frontend(), []
+    y0, w = frontend.array([1.0]).requires_grad_(of_y0), frontend.array(0.5).requires_grad_()
+    field = lambda t, y: (calls.append(1), w * y)[1]
+    y = odeint(frontend, field, y0, frontend.array([0.0, 1.0]), adjoint=Discrete(0))
+    count = len(calls)
+    y.sum().backward()
+    assert len(calls) == count
+
+
 def test_refused_steps_are_not_recorded():
     """They reach where the field has no derivative, nor a value."""
     t, y0 = np.linspace(0, 1, 3) * np.ones((2, 1)), np.array([[1.0], [9.0]])
@@ -301,11 +331,52 @@ def test_second_derivatives(frontend, rng, outer, inner):
 
 
 @pytest.mark.slow_to_compile
+@pytest.mark.parametrize("method", ["dopri8", "kvaerno5", "rk4"])
+def test_second_derivatives_in_times_where_steps_end_at_outputs(frontend, method):
+    y0, field = frontend.array([1.0]), lambda t, y: -y
+    options = {"method": method, "order": 2} | TIGHT | ({"step_size": 0.02} if method == "rk4" else {})
+
+    def end(t):
+        return odeint(frontend, field, y0, frontend.xp.stack([0 * t, t / 2, t]), **options)[1:, 0].sum()
+
+    grad = frontend.transforms.grad
+    second = compiled(frontend, grad(grad(end)))(frontend.array(1.0))
+    assert_close(frontend.numpy(second), np.array(np.exp(-0.5) / 4 + np.exp(-1.0)), 1e-7)
+
+
+def test_third_derivatives_in_times_raise():
+    frontend = torch_frontend()
+    grad, y0 = frontend.transforms.grad, frontend.array([1.0])
+    end = lambda t: odeint(frontend, lambda t, y: -y, y0, frontend.xp.stack([0 * t, t]), order=3)[1, 0]
+    with pytest.raises(NotImplementedError, match="times .* up to order 2"):
+        grad(grad(grad(end)))(frontend.array(1.0))
+
+
+@pytest.mark.slow_to_compile
 def test_more_derivatives_than_asked_for_raise(frontend, rng):
     A, y0, t = (frontend.array(v) for v in spiral(rng))
     loss = lambda y0: (odeint(frontend, lambda t, y: A @ y, y0, t, method="rk4") ** 3).sum()
     with pytest.raises(NotImplementedError, match="order=2"):
         frontend.transforms.hessian(loss)(y0)
+
+
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("adjoint", [Discrete(), Discrete(0), Continuous()], ids=repr)
+def test_second_derivatives_beside_others_raise(frontend, adjoint):
+    """Of a sum or product with what has them, where that of the solution would be missing."""
+    t = frontend.array([0.0, 1.0])
+
+    def loss(w):
+        return odeint(frontend, lambda t, y: -w * y, frontend.array([1.0]), t, adjoint=adjoint)[-1, 0] * w
+
+    w = frontend.array(0.5)
+    if frontend.name == "jax":
+        twice = frontend.framework.grad(frontend.framework.grad(loss))
+    else:
+        grad = frontend.framework.autograd.grad
+        twice = lambda w: grad(grad(loss(w.requires_grad_()), w, create_graph=True)[0], w)
+    with pytest.raises(NotImplementedError, match="order=2"):
+        twice(w)
 
 
 @pytest.mark.slow_to_compile
@@ -536,6 +607,23 @@ def test_jump_of_the_right_hand_side(frontend):
     assert int(info.rejected) == 0
 
 
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_gradient_in_the_time_at_which_the_right_hand_side_jumps(frontend, method, direction):
+    """y' = 1 until tau and 2 afterwards: y(2) = 4 - tau; and the same backwards in time."""
+    t = frontend.array([0.0, 2.0 * direction])
+
+    def layer(tau):
+        field = lambda t, y: frontend.xp.where(t * direction < tau, 1.0, 2.0) + 0 * y
+        jumps = (tau[None] * direction, lambda t, y, j: y)
+        return (odeint(frontend, field, frontend.array([0.0]), t, jumps=jumps, method=method)[-1],)
+
+    (y,), (gradient,) = frontend.differentiable(layer)([np.array(0.7)], [np.ones(1)])
+    assert_close(y, np.array([3.3 * direction]), 1e-12)
+    assert_close(gradient, np.array(-direction), 1e-12)
+
+
 def test_event_and_its_gradients(frontend):
     """A ball falls from height h with speed v: it hits the ground at a known time; the last one does not."""
     values = [np.array([[10.0, 0.0], [5.0, 3.0], [90.0, 1.0]]), np.array(9.8)]
@@ -579,6 +667,46 @@ def test_after_an_event_there_are_no_outputs(frontend):
     assert np.isnan(frontend.numpy(y)[2:]).all()
     assert_close(frontend.numpy(info.event_time), np.array(0.7), 1e-12)
     assert int(info.status) == Status.SOLVED.code
+
+
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("options", [{"method": "euler", "step_size": 0.25}, {"method": "dopri8"}])
+def test_event_at_the_end_of_a_step(frontend, options):
+    """There g is zero, or off zero by rounding; at the start it is zero and does not count."""
+    y0, t = frontend.array([[-1.0], [0.0]]), frontend.array([[0.0, 1.0, 2.0]] * 2)
+    event = lambda t, y: y[:, 0] * (y[:, 0] - 1.5)
+    _, info = odeint(frontend, lambda t, y: 0 * y + 1, y0, t, event=event, return_info=True, **options)
+    assert_close(frontend.numpy(info.event_time), np.array([1.0, 1.5]), 1e-12)
+
+
+@pytest.mark.slow_to_compile
+def test_jumps_across_an_event_do_not_count(frontend):
+    """The first sample jumps over the threshold for good, the second one comes down to it again."""
+    jumps = (frontend.array([[1.0]] * 2), lambda t, y, j: y + 5)
+    rate, t = frontend.array([[1.0], [-1.0]]), frontend.array([[0.0, 9.0]] * 2)
+    field, event = lambda t, y: rate + 0 * y, lambda t, y: y[:, 0] - 3
+    options = {"jumps": jumps, "event": event, "return_info": True}
+    _, info = odeint(frontend, field, frontend.array([[0.0], [0.0]]), t, **options)
+    assert np.isnan(frontend.numpy(info.event_time)[0]) and np.isnan(frontend.numpy(info.event_state)[0])
+    assert_close(frontend.numpy(info.event_time)[1], np.array(2.0), 1e-12)
+    assert_close(frontend.numpy(info.event_state)[1], np.array([3.0]), 1e-12)
+
+
+@pytest.mark.slow_to_compile
+def test_event_that_is_piecewise_constant(frontend):
+    """It is found, and has no derivative; a sample beside it keeps its own."""
+    t, xp = frontend.array([[0.0, 2.0]] * 2), frontend.xp
+    is_flat = frontend.array([1.0, 0.0]) > 0
+    event = lambda t, y: xp.where(is_flat, xp.sign(y[:, 0] - 0.5), y[:, 0] - 0.5)
+
+    def layer(w):
+        field, y0 = lambda t, y: w + 0 * y, frontend.array([[0.0], [0.0]])
+        return (odeint(frontend, field, y0, t, event=event, return_info=True)[1].event_time,)
+
+    (time,), (gradient,) = frontend.differentiable(layer)([np.ones((2, 1))], [np.ones(2)])
+    assert_close(time, np.array([0.5, 0.5]), 1e-5)
+    assert np.isnan(gradient[0])
+    assert_close(gradient[1], np.array([-0.5]), 1e-12)
 
 
 # What can go wrong
@@ -656,6 +784,29 @@ def test_misuse(frontend, change, message):
         odeint(frontend, field, frontend.array(np.ones((2, 2))), frontend.array(t), **change)
 
 
+def test_times_that_single_precision_cannot_tell_apart(frontend):
+    t = 1.7e9 + np.array([0.0, 100.0])
+    y0, field = frontend.array([1.0], "float32"), lambda t, y: -0.01 * y
+    with pytest.raises(ValueError, match="float32.*subtract the first"):
+        odeint(frontend, field, y0, frontend.array(t))
+    y = odeint(frontend, field, y0, frontend.array(t - t[0]))
+    assert_close(frontend.numpy(y)[-1], np.exp([-1.0]), 1e-5)
+
+
+def test_traced_times_out_of_order_are_an_outcome():
+    """Of each sample, where nothing can be raised."""
+    jax = pytest.importorskip("jax")
+    from optlayers.jax import control_path, odeint
+
+    solve = jax.jit(lambda t: odeint(lambda y, t: y, jax.numpy.ones((4, 1)), t, return_info=True))
+    y, info = solve(jax.numpy.array([[0, 2, 1], [0, np.nan, 1], [2, 1, np.nan], [0, 1, 0.5]]))
+    assert info.status.tolist() == [Status.NON_FINITE.code] * 2 + [Status.SOLVED.code, Status.NON_FINITE.code]
+    assert np.isnan(np.asarray(y)[[0, 1, 3]]).all() and np.isfinite(y[2, :2]).all()
+    evaluate = jax.jit(lambda t: control_path(t, jax.numpy.ones((2, 3, 1))).evaluate(jax.numpy.array(0.5)))
+    value = evaluate(jax.numpy.array([[0.0, 2, 1], [0, 1, 2]]))
+    assert np.isnan(value[0]).all() and np.isfinite(value[1]).all()
+
+
 def test_torch_layer_is_a_module():
     frontend = torch_frontend()
     torch = frontend.framework
@@ -684,10 +835,10 @@ else:
     class _Decay(_torch.nn.Module):
         def __init__(self, rate):
             super().__init__()
-            self.rate = rate
+            self.rate, self.factor = rate, 1.0
 
         def forward(self, t, y):
-            return -self.rate * y
+            return -self.factor * self.rate * y
 
 
 @pytest.mark.slow_to_compile
@@ -697,6 +848,51 @@ def test_no_warnings_of_memory(frontend):
         warnings.simplefilter("error")
         y = odeint(frontend, lambda t, y: -y, frontend.array([1.0]), frontend.array([0.0, 1.0]))
     assert not getattr(y, "requires_grad", False)
+
+
+@pytest.mark.parametrize("adjoint", [Discrete(), Discrete(0), Continuous()], ids=repr)
+def test_nothing_outlives_the_result(adjoint):
+    frontend = torch_frontend()
+    w = frontend.array(0.5).requires_grad_()
+    field = lambda t, y: -w * y
+    seen = weakref.ref(field)
+    y = odeint(frontend, field, frontend.array([1.0]), frontend.array([0.0, 1.0]), adjoint=adjoint)
+    y.sum().backward()
+    del y, field
+    assert seen() is None
+
+
+@pytest.mark.parametrize("adjoint", [Discrete(), Discrete(5), Continuous()], ids=repr)
+def test_constants_changed_before_the_backward_pass_raise(adjoint):
+    """As in torch; but not if the field itself changes what it finds, as a count of its calls."""
+    frontend = torch_frontend()
+    weight, count = frontend.array([0.5, 2.0]), frontend.array(0.0)
+
+    def field(t, y):
+        count.add_(1)
+        return -weight * y
+
+    y0 = frontend.array([1.0, 1.0]).requires_grad_()
+    y = odeint(frontend, field, y0, frontend.array([0.0, 1.0]), adjoint=adjoint)[-1].sum()
+    (gradient,) = frontend.framework.autograd.grad(y, y0, retain_graph=True)
+    assert_close(frontend.numpy(gradient), np.exp([-0.5, -2.0]), 1e-6)
+    weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("adjoint", [Discrete(), Discrete(0), Continuous()], ids=repr)
+def test_modules_count_as_they_were_when_the_solve_began(adjoint):
+    """With weights from elsewhere, and given another rate and other weights before the backward pass."""
+    frontend = torch_frontend()
+    torch, y0, t = frontend.framework, frontend.array([1.0]), frontend.array([0.0, 1.0])
+    ode = frontend.module.ODE(Decay(torch), adjoint=adjoint).requires_grad_(False)
+    ode.func.factor = 3.0
+    rate = frontend.array(0.2).requires_grad_()
+    y = torch.func.functional_call(ode, {"func.rate": rate}, (y0, t))[-1]
+    ode.func.factor = 5.0
+    y.backward()
+    assert_close(frontend.numpy(rate.grad), np.array(-3 * np.exp(-0.6)), 1e-6)
 
 
 def test_weight_that_the_first_evaluation_does_not_use():

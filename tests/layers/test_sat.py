@@ -183,6 +183,16 @@ def test_failures_are_named_and_leave_the_others_alone(frontend, rng):
     assert np.isfinite(frontend.numpy(solution.z)).all()
 
 
+def test_gradients_are_linear_in_their_cotangents_and_know_the_scale_of_clauses(frontend, rng):
+    S, z, cotangent = values(rng)
+    _, expected = gradients(frontend, S, z, cotangent)
+    _, small = gradients(frontend, S, z, 1e-15 * cotangent)
+    _, large = gradients(frontend, 1e6 * S, z, cotangent)
+    for actual in ([1e15 * bar for bar in small], [1e6 * large[0], large[1]]):
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e, 1e-9)
+
+
 def test_single_precision(frontend, rng):
     S, z, _ = values(rng)
     expected = frontend.numpy(solver_of(frontend)(frontend.array(S), frontend.array(z)).z)
@@ -206,3 +216,11 @@ def test_single_precision(frontend, rng):
 def test_misuse_is_named(frontend, options, message):
     with pytest.raises(ValueError, match=message):
         frontend.module.SATLayer(3, 3, **options)
+
+
+def test_probabilities_that_are_integers_are_refused(frontend):
+    z, is_input = frontend.xp.asarray([1, 0, 0]), frontend.xp.asarray([True, False, False])
+    layer = frontend.module.SATLayer(3, 3)
+    arguments = (z, is_input) if frontend.name == "torch" else (frontend.array(np.ones((3, 4))), z, is_input)
+    with pytest.raises(ValueError, match="z must hold real floating-point numbers"):
+        layer(*arguments)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .. import NO_SECOND_DERIVATIVE
 from .context import alike, is_manual, steady, zero
 
 
@@ -57,7 +58,8 @@ def replayed(values, replay, sweep, inputs):
 
     zeros = [jnp.where(jnp.isfinite(x), x - lax.stop_gradient(x), 0) for x in inputs]
     # All of the right-hand side is formally a function of all inputs: JAX 0.10 fails if a part is of none.
-    anchor = sum([0 * jnp.sum(x).astype(values[0].dtype) for x in zeros])
+    # Selected, not multiplied by zero: see `_one`.
+    anchor = sum([jnp.sum(jnp.where(False, x, 0)).astype(values[0].dtype) for x in zeros])
     zeros = tuple(x + anchor.astype(x.dtype) for x in zeros)
     none = tuple(jnp.zeros_like(v) + anchor for v in values)
     changes, _ = lax.custom_linear_solve(lambda x: x, (none, zeros), solve, solve_transposed)
@@ -117,9 +119,9 @@ def surrogate_gradient(values, inputs, backward):
     def run_backward(saved, cotangents):
         values, inputs = saved
         results = backward(values, inputs, cotangents)
-        message = "this gradient has no derivative of its own; use gradient='exact' or 'smoothed'"
         # Zeros whose derivatives raise: without them that of the result would be wrong in silence.
-        stop = sum(jnp.sum(jnp.where(False, guard(x, 0, message), 0)) for x in (*inputs, *cotangents))
+        final = lambda x: jnp.sum(jnp.where(False, guard(x, 0, NO_SECOND_DERIVATIVE), 0))
+        stop = sum(map(final, (*inputs, *cotangents)))
         return tuple(map(jnp.zeros_like, values)), tuple(r + stop for r in results)
 
     attach.defvjp(lambda values, inputs: (values, (values, inputs)), run_backward)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .context import is_dual, undifferentiated
+from .context import if_unchanged, is_dual, undifferentiated, version
 
 
 def _tensors(tree):
@@ -23,10 +23,12 @@ class Used(torch.overrides.TorchFunctionMode):
     def __init__(self, *given):
         super().__init__()
         # The tensors themselves, lest an id be used again.
-        self.found, self.own = {}, {id(x): x for x in given}
+        self.found, self.versions, self.own = {}, {}, {id(x): x for x in given}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.found.update((id(x), x) for x in _tensors((args, kwargs)) if id(x) not in self.own)
+        for x in _tensors((args, kwargs)):
+            if id(x) not in self.own and id(x) not in self.found:
+                self.found[id(x)], self.versions[id(x)] = x, version(x)
         output = function(*args, **(kwargs or {}))
         self.own.update((id(x), x) for x in _tensors(output))
         return output
@@ -70,11 +72,15 @@ def explicit(functions, examples):
             function(*arguments)
     theta = [x for x in mode.found.values() if x.requires_grad and torch.is_grad_enabled()]
     ids = [id(x) for x in theta]
+    # Those that functions change themselves are no part of what they compute, such as a count of their calls.
+    fixed = [(x, mode.versions[i]) for i, x in mode.found.items() if mode.versions[i] == version(x)]
 
     def call(function, *args):
         *args, others = args
         if not torch.is_grad_enabled() or (others and not any(x.requires_grad for x in others)):
             return function(*args)
+        for saved in fixed:
+            if_unchanged(saved)
         if [id(x) for x in others] == ids:  # the very tensors that function uses: there is nothing to replace
             output = function(*args)
             is_missing = _has_other_leaves(output, (*args, *others))

@@ -50,13 +50,18 @@ def undifferentiated():
 
 def kept_as_they_are():
     """Within it, hooks for saved tensors such as a checkpoint's do not see those of an inner graph."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: (x, x._version), _if_unchanged)
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: (x, version(x)), if_unchanged)
 
 
-def _if_unchanged(saved):
-    """The saved tensor; torch itself does not look for changes of those that hooks keep."""
-    x, version = saved
-    if x._version != version:
+def version(x):
+    """The count of in-place changes of `x`; inference tensors do not have one, nor any changes."""
+    return 0 if x.is_inference() else x._version
+
+
+def if_unchanged(saved):
+    """The tensor of (tensor, version), saved where torch itself does not look for changes."""
+    x, saved_version = saved
+    if version(x) != saved_version:
         raise RuntimeError(
             f"a tensor of shape {tuple(x.shape)} needed for the backward pass was modified by an inplace "
             "operation after the forward pass; step the optimizer after loss.backward()"

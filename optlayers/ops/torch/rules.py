@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from .. import NO_SECOND_DERIVATIVE
 from . import host
 from .context import is_dual, run_while_compiling
 
@@ -44,13 +45,15 @@ class _Replayed(torch.autograd.Function):
     def forward(ctx, values, sweep, *inputs):
         ctx.sweep = sweep
         ctx.save_for_backward(*inputs)
-        return tuple(values)
+        # Others than those that `sweep` may reach: they know this node, and would keep it alive.
+        return tuple(v.detach() for v in values)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *cotangents):
-        inputs = _separated(ctx.saved_tensors)
-        return None, None, *ctx.sweep(inputs, cotangents)
+        inputs = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
+        with torch.no_grad():
+            bars = ctx.sweep(_separated(inputs), cotangents)
+        return None, None, *_final(bars, (*inputs, *cotangents))
 
 
 def replayed(values, replay, sweep, inputs):
@@ -164,6 +167,14 @@ def guard(x, order, message):
 _Zero.forward.__signature__ = inspect.signature(_Zero.forward)  # torch asks at every call
 
 
+def _final(gradients, arrays):
+    """`gradients` with derivatives in `arrays` that raise, where they would be missing in silence."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return gradients
+    stop = torch.stack([_zero(x, 0, NO_SECOND_DERIVATIVE) for x in arrays]).sum()
+    return [g if g is None else g + stop for g in gradients]
+
+
 class _Surrogate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backward, count, *arrays):
@@ -177,12 +188,7 @@ class _Surrogate(torch.autograd.Function):
         values, inputs = arrays[: ctx.count], arrays[ctx.count :]
         with torch.no_grad():
             results = ctx.backward_rule(values, _separated(inputs), cotangents)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Zeros whose derivatives raise: without them that of the result would be missing in silence.
-            message = "this gradient has no derivative of its own; use gradient='exact' or 'smoothed'"
-            stops = [_zero(x, 0, message) for x in (*inputs, *cotangents)]
-            results = [r if r is None else r + torch.stack(stops).sum() for r in results]
-        return None, None, *([None] * ctx.count), *results
+        return None, None, *([None] * ctx.count), *_final(results, (*inputs, *cotangents))
 
 
 def surrogate_gradient(values, inputs, backward):
