@@ -1,8 +1,8 @@
 """The cone program with sparse P and A as a differentiable map; see `optlayers.layers.conic` for the program.
 
-The problem is solved on the host, where one sparse factorisation serves Newton's refinement and the
-derivative. That is the derivative of a residual made of gathers and scatters over the entries of P and A:
-gradients of matrices are vectors of as many entries, and no matrix is ever dense.
+The problem is solved on the host, where sparse factorisations serve Newton's refinement and the derivative.
+That is the derivative of a residual made of gathers and scatters over the entries of P and A: gradients of
+matrices are vectors of as many entries, and no matrix is ever dense.
 
 P stands for (P + P') / 2, so that with u = J^-T (x_bar, 0) its entries have the gradient
 -(u_i x_j + x_i u_j) / 2.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from ..cones import Cones
@@ -104,47 +105,64 @@ def _differentiable(
     vectors: Sequence[Array],
     warm: Sequence[Array],
 ) -> ConicSolution:
-    solve, (q, b, l, u) = layer.solve, vectors
-    (m, n), cones = (solve.m, solve.n), solve.cones
+    solve, cones = layer.solve, layer.solve.cones
     matrices = [z if z.ndim == 2 else z[None] for M in (P, A) for z in M]
     batch = next((z.shape[0] for z in (*matrices, *vectors, *warm) if z.shape[0] != 1), 1)
     shapes = solve.output_shapes(batch)
     x, v, error, iterations, *system = host.call(solve.solve, shapes, *matrices, *vectors, *warm)
-    # Problems with NaN are masked, but as factors these would reach shared parameters as 0 * NaN.
-    P, A = (M._replace(values=ops.where(ops.isfinite(M.values), M.values, 0.0)) for M in (P, A))
     x_unique, y_unique, status, *flat = system
-    linearization, status = unflatten(cones, flat), ops.to_int(status)
-    usable = is_usable(status)[:, None]
+    s = project_linearized(ops, cones, (vectors[2], vectors[3]), unflatten(cones, flat), v, 0)
+    rule, data = partial(_derived, ops, host, layer), (P.values, A.values, *vectors)
+    places = [z for M in (matrices[1:3], matrices[4:6]) for z in M]
+    x, s, y = ops.deferred(rule, layer.order, (x, s, s - v), data, (x, v, *places, *system))
+    regularity = Regularity(x_unique > 0, y_unique > 0)
+    return ConicSolution(x, s, y, ops.to_int(status), ops.to_int(iterations), error, regularity)
 
-    def solve_symmetric(*arrays):
-        return host.call(lambda *z: [solve.invert(*z)], [arrays[0].shape], *arrays)[0]
+
+def _derived(
+    ops: Ops,
+    host: HostCalls,
+    layer: SparseLayer,
+    order: int,
+    data: Sequence[Array],
+    constants: Sequence[Array],
+) -> tuple[Array, Array, Array]:
+    """x, s and y with derivatives in the entries of P and A and in q, b, l, u up to `order`."""
+    solve, (x, v, *places) = layer.solve, constants[:6]
+    (m, n), cones = (solve.m, solve.n), solve.cones
+    x_unique, y_unique, status, *flat = constants[6:]
+    linearization = unflatten(cones, flat)
+    is_derived = is_usable(ops.to_int(status))[:, None]
+    # Problems with NaN are masked, but as factors these would reach shared parameters as 0 * NaN.
+    P_values, A_values = (ops.where(ops.isfinite(z), z, 0.0) for z in data[:2])
+    q, b, *bounds = data[2:]
+    P, A = Entries(P_values, *(z[0] for z in places[:2])), Entries(A_values, *(z[0] for z in places[2:]))
+    matrices = P_values, *places[:2], A_values, *places[2:]
+    frozen = *matrices, x_unique, y_unique, ops.cast(is_derived[:, 0], v), *flat
 
     def invert(r, transposed, *arrays):
-        M, F2 = Entries(arrays[3], arrays[4][0], arrays[5][0]), r[:, n:]
+        A, F1, F2 = Entries(arrays[3], arrays[4][0], arrays[5][0]), r[:, :n], r[:, n:]
         if transposed:
-            F1 = r[:, :n] - _multiply(ops, _transpose(M), F2, n)
-            d = solve_symmetric(ops.concat([F1, -F2], -1), *arrays)
-            return ops.concat([d[:, :n], d[:, n:] + F2], -1)
-        d = solve_symmetric(r, *arrays)
+            F1, F2 = F1 - _multiply(ops, _transpose(A), F2, n), -F2
+        F = ops.concat([F1, F2], -1)
+        d = host.call(lambda *z: [solve.invert(*z)], [F.shape], F, *arrays)[0]
         dx, dy = d[:, :n], d[:, n:]
-        return ops.concat([dx, F2 - _multiply(ops, M, dx, m) - dy], -1)
+        return ops.concat([dx, dy - F2 if transposed else F2 - _multiply(ops, A, dx, m) - dy], -1)
 
-    inverse = lambda r: ops.increment(invert, r, *matrices, *system)
+    inverse = lambda r: ops.increment(invert, r, *frozen)
 
     def split(z):
         x, v = z[:, :n], z[:, n:]
-        s = project_linearized(ops, cones, (l, u), linearization, v, layer.order)
+        s = project_linearized(ops, cones, (bounds[0], bounds[1]), linearization, v, order)
         return x, s, s - v
 
     def residual(z):
         x, s, y = split(z)
         Px = (_multiply(ops, P, x, n) + _multiply(ops, _transpose(P), x, n)) / 2
         F = [Px + q + _multiply(ops, _transpose(A), y, n), _multiply(ops, A, x, m) + s - b]
-        return ops.where(usable, ops.concat(F, -1), 0.0)
+        return ops.where(is_derived, ops.concat(F, -1), 0.0)
 
-    z = attach(ops, residual, inverse, ops.concat([x, v], -1), layer.order)
-    regularity = Regularity(x_unique > 0, y_unique > 0)
-    return ConicSolution(*split(z), status, ops.to_int(iterations), error, regularity)
+    return split(attach(ops, residual, inverse, ops.concat([x, v], -1), order))
 
 
 def _add_free_row(ops: Ops, A: Entries, vectors: Sequence[Array], warm: Sequence[Array]):

@@ -1,14 +1,16 @@
-"""Large sparse problems on the host: a library solves, Newton steps refine, one factorisation serves both.
+"""Large sparse problems on the host: a library solves, and Newton steps refine.
 
 Two functions of NumPy arrays are offered to the frameworks: `SparseSolve.solve` and the inverse
 `SparseSolve.invert` of the KKT system at its result. A matrix is given as entries (values, rows, columns),
 each (B, N), of which those at the same place add up; P stands for (P + P') / 2. Vectors are q (B, n),
 b (B, m), l and u (B, k); B is 1 where the batch shares one. All arrays may have further axes in front, of
 equal length or of length 1. Problems are solved one after the other, in threads.
+A factorisation does not outlive its call: SciPy frees one only in the thread that made it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -33,18 +35,14 @@ from .scaling import Scaling
 MATRIX_ARRAYS = 6
 
 
-@dataclass
-class _Memo:
-    """What calls leave for others, to save time: results are the same without. Not copied, and not pickled.
+class _Memo(defaultdict[Host, list]):
+    """What each solver keeps of earlier calls, to save time: results are the same without.
 
-    Attributes:
-        lanes: the latest factorisations, so that the derivative finds those of the solve. For each problem
-            the arrays that define its factor, and the factor.
-        made: for each solver, what it keeps of earlier calls.
+    Not copied, and not pickled.
     """
 
-    lanes: list[tuple[Sequence[np.ndarray], SparseFactor | None]] = field(default_factory=list)
-    made: defaultdict[Host, list] = field(default_factory=lambda: defaultdict(list))
+    def __init__(self):
+        super().__init__(list)
 
     def __reduce__(self):
         return _Memo, ()
@@ -84,46 +82,35 @@ class SparseSolve:
         if not lanes:
             return [np.zeros((*lead, *shape[1:])) for shape in self.output_shapes(1)]
         results = _in_threads(self._solve_lane, lanes)
-        outputs = [np.stack(parts) for parts in zip(*(output for output, _ in results), strict=True)]
-        outputs = [x.reshape(*lead, *x.shape[1:]) for x in outputs]
-        self.memo.lanes = [
-            ((*lane[:MATRIX_ARRAYS], *output[4:]), factor)
-            for lane, (output, factor) in zip(lanes, results, strict=True)
-        ]
-        return outputs
+        outputs = [np.stack(parts) for parts in zip(*results, strict=True)]
+        return [x.reshape(*lead, *x.shape[1:]) for x in outputs]
 
     def invert(self, r: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
-        """(dx, dy) for r = (F_1, F_2) (..., B, n + m), see `SparseFactor.solve`; zero for failed problems.
+        """(dx, dy) for r = (F_1, F_2) (..., B, n + m), see `SparseFactor.solve`; zero without derivative.
 
         Args:
-            arrays: entries of P and of A; x_unique, y_unique, status and the linearisation, from `solve`.
+            arrays: entries of P and of A; x_unique and y_unique; whether there is a derivative; and the
+                linearisation, from `solve`.
         """
         system, lanes = _lanes(arrays, tuple(self.output_shapes(1)[4:]))
-        memory = self.memo.lanes
-        remembered = memory if len(memory) == len(lanes) else [None] * len(lanes)
-        factors = _in_threads(self._factor, [*zip(lanes, remembered, strict=True)])
-        self.memo.lanes = [*zip(lanes, factors, strict=True)]
         lead = np.broadcast_shapes(system, r.shape[:-1])
-        if 0 in lead:
-            return np.zeros((*lead, r.shape[-1]))
-        at = np.broadcast_to(np.arange(len(lanes)).reshape(system), lead).ravel()
-        rows = np.broadcast_to(r, (*lead, r.shape[-1])).reshape(-1, r.shape[-1])
-        pairs = [(factors[i], row) for i, row in zip(at, rows, strict=True)]
-        solutions = _in_threads(self._invert_lane, pairs)
-        return np.stack(solutions).reshape(*lead, r.shape[-1])
+        solutions = np.zeros((math.prod(lead), r.shape[-1]))
+        if solutions.size:
+            rows = np.broadcast_to(r, (*lead, r.shape[-1])).reshape(solutions.shape)
+            at = np.broadcast_to(np.arange(len(lanes)).reshape(system), lead).ravel()
+            own = [np.flatnonzero(at == i) for i in range(len(lanes))]
+            parts = [(rows[i], *lane) for i, lane in zip(own, lanes, strict=True)]
+            solutions[np.concatenate(own)] = np.concatenate(_in_threads(self._invert_lane, parts))
+        return solutions.reshape(*lead, r.shape[-1])
 
-    def _invert_lane(self, factor: SparseFactor | None, r: np.ndarray) -> np.ndarray:
-        return 0 * r if factor is None else np.concatenate(factor.solve(r[: self.n], r[self.n :]))
-
-    def _factor(self, lane: Sequence[np.ndarray], remembered: Any) -> SparseFactor | None:
-        if remembered and all(map(np.array_equal, lane, remembered[0])):
-            return remembered[1]
-        x_unique, y_unique, status, *flat = lane[MATRIX_ARRAYS:]
-        if not is_usable(status):
-            return None
+    def _invert_lane(self, r: np.ndarray, *lane: np.ndarray) -> np.ndarray:
+        x_unique, y_unique, is_derived, *flat = lane[MATRIX_ARRAYS:]
+        if not is_derived:
+            return 0 * r
         P, A = self._matrices(lane)
         linearization = unflatten(self.cones, [np.asarray(x, float)[None] for x in flat])
-        return derivative_factor(self.cones, P, A, linearization, not (x_unique and y_unique))
+        factor = derivative_factor(self.cones, P, A, linearization, not (x_unique and y_unique))
+        return np.stack([np.concatenate(factor.solve(F[: self.n], F[self.n :])) for F in r])
 
     def _matrices(self, lane: Sequence[np.ndarray]) -> tuple[Any, Any]:
         _, rows, columns = lane[:3]
@@ -134,8 +121,8 @@ class SparseSolve:
         P = _matrix(lane[:3], (self.n, self.n))
         return (P + P.T) / 2, _matrix(lane[3:6], (self.m, self.n))
 
-    def _solve_lane(self, *lane: np.ndarray) -> tuple[list[np.ndarray], SparseFactor | None]:
-        """The outputs of `solve` for one problem, and its factor if its solution is usable."""
+    def _solve_lane(self, *lane: np.ndarray) -> list[np.ndarray]:
+        """The outputs of `solve` for one problem."""
         q, b, l, u, *warm = (np.array(x, float)[None] for x in lane[MATRIX_ARRAYS:])
         finite = _is_finite(lane[0], lane[3], q, b, bounds=(l, u))
         # Of a problem with NaN or infinity only the shapes are used.
@@ -145,12 +132,12 @@ class SparseSolve:
             reason = self._fault(finite, P, l, u)
             best, status, iterations = lane_solve.run(warm) if reason is None else lane_solve.refuse(reason)
             linearization = lane_solve.linearize(best.v)
-            factor, regular = None, (True, True)
+            regular = True, True
             if is_usable(status[0]):
-                factor, regular = self._differentiate(P, A, linearization, best.factor)
+                regular = self._regularity(P, A, linearization, best.factor)
         scalars = [best.residual[0], iterations[0], *regular, status[0]]
         scalars = [np.array(z, float) for z in scalars]
-        return [best.x[0], best.v[0], *scalars, *(z[0] for z in flatten(linearization))], factor
+        return [best.x[0], best.v[0], *scalars, *(z[0] for z in flatten(linearization))]
 
     def _fault(self, finite: bool, P: Any, l: np.ndarray, u: np.ndarray) -> Status | None:
         """Why there is nothing to solve."""
@@ -160,16 +147,11 @@ class SparseSolve:
             return Status.PRIMAL_INFEASIBLE
         return None if is_convex(P) else Status.NON_CONVEX
 
-    def _differentiate(
-        self, P: Any, A: Any, linearization: Linearization, factor: Any
-    ) -> tuple[SparseFactor, tuple[bool, bool]]:
-        """The factor for the derivative, `factor` of Newton's last step if it fits, and the regularity."""
-        if factor is None or not _same(factor.linearization, linearization):
+    def _regularity(self, P: Any, A: Any, linearization: Linearization, factor: Any) -> tuple[bool, bool]:
+        """Whether x and y are locally unique; with `factor`, of Newton's last step, if it is as for that."""
+        if factor is None or factor.e != REGULARIZATION or not _same(factor.linearization, linearization):
             factor = derivative_factor(self.cones, P, A, linearization, False)
-        regular = factor.regularity()
-        if not all(regular):
-            factor = derivative_factor(self.cones, P, A, linearization, True)
-        return factor, regular
+        return factor.regularity()
 
 
 class _LaneSolve(NamedTuple):
@@ -214,7 +196,7 @@ class _LaneSolve(NamedTuple):
         """(x, v) and the certifying directions from a library."""
         cones, (P, q, A, b, l, u) = self.settings.cones, self.problem
         program = _program(cones, P.matrix, q[0], A.matrix, b[0], l[0], u[0])
-        answer = solver._solve(program, self.settings.memo.made[solver])
+        answer = solver._solve(program, self.settings.memo[solver])
         x, y, dx, dy = (z[None] for z in answer)
         slack = project(HOST, cones, self.problem.bounds, b - x @ A.mT)
         return (x, slack - y), Direction(dx, dy)

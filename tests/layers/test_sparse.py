@@ -1,6 +1,7 @@
 """Sparse P and A: against the dense path and finite differences, entry forms, statuses, large ones."""
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import get_ident
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import scipy.sparse as sp
 
 from checks import assert_close
 from optlayers.cones import Cones
+from optlayers.linalg import sparse as linalg
 from optlayers.solvers.host import Clarabel
 from optlayers.solvers.sparse import SparseSolve
 from optlayers.status import Status
@@ -363,6 +365,48 @@ def test_results_do_not_depend_on_earlier_ones(rng, monkeypatch):
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(concurrently, range(40)))
+
+
+def test_derivatives_do_not_depend_on_earlier_calls(rng):
+    """Not either where few Newton steps were enough, whose factors have more regularisation."""
+    P, q, A, l, u = random_sparse(rng, 20, 12)
+    entries = P.data, P.row, P.col, A.data, A.row, A.col
+    data = [x[None] for x in (*entries, q, 0 * l, -u, -l)]
+    solve = SparseSolve(12, 20, Cones(), (Clarabel(),), 1e-3)
+    x, v, *_ = solve.solve(*data)
+    start = x + 1e-3 * rng.standard_normal(x.shape), np.clip(v, -u, -l), np.clip(v, -u, -l) - v
+    _, _, _, steps, x_unique, y_unique, _, *linearization = solve.solve(*data, *start)
+    assert steps == 1
+    frozen = *data[:6], x_unique, y_unique, np.ones(1), *linearization
+    r = rng.standard_normal((1, 32))
+    expected = SparseSolve(12, 20, Cones(), (Clarabel(),), 1e-3).invert(r, *frozen)
+    np.testing.assert_array_equal(solve.invert(r, *frozen), expected)
+
+
+def test_factorisations_are_freed_in_the_thread_that_made_them(frontend, rng, monkeypatch):
+    """In another one SciPy would not give their memory back."""
+    freed, count = [], []
+
+    class Tracked:
+        def __init__(self, lu):
+            self.lu, self.U, self.perm_r, self.perm_c = lu, lu.U, lu.perm_r, lu.perm_c
+            self.thread = get_ident()
+            count.append(1)
+
+        def solve(self, r):
+            return self.lu.solve(r)
+
+        def __del__(self):
+            freed.append(get_ident() == self.thread)
+
+    splu = linalg.splu
+    monkeypatch.setattr(linalg, "splu", lambda *args, **options: Tracked(splu(*args, **options)))
+    program = random_sparse(rng, 20, 12)
+    q = program.q + 0.3 * rng.standard_normal((3, 20))
+    P, _, A, l, u = program.values
+    cotangents = [np.ones((3, k)) for k in (20, 12, 12)]
+    frontend.differentiable(solver_of(frontend, program))([P, q, A, l, u], cotangents)
+    assert len(freed) == len(count) > 0 and all(freed)
 
 
 @pytest.mark.parametrize("far", [1e12, 1e20, 1e30])
