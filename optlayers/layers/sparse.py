@@ -141,13 +141,18 @@ def _derived(
     frozen = *matrices, x_unique, y_unique, ops.cast(is_derived[:, 0], v), *flat
 
     def invert(r, transposed, *arrays):
-        A, F1, F2 = Entries(arrays[3], arrays[4][0], arrays[5][0]), r[:, :n], r[:, n:]
-        if transposed:
-            F1, F2 = F1 - _multiply(ops, _transpose(A), F2, n), -F2
-        F = ops.concat([F1, F2], -1)
+        A, free, F1, F2 = Entries(arrays[3], arrays[4][0], arrays[5][0]), arrays[9], r[:, :n], r[:, n:]
+        # Of the rows where s is a bound the unknown is not dv, but the whole dy = ds - dv, which is to be of
+        # least norm where it is not unique: there F_2 is -ds, and J (dx, dv) = F is K (dx, dy) = F without
+        # the A'ds in F_1.
+        fixed = ops.concat([1 - free, ops.full((free.shape[0], m - free.shape[1]), 0.0, free)], -1)
+        moved = (1 - fixed) * F2 if transposed else fixed * F2
+        F1 = F1 - _multiply(ops, _transpose(A), moved, n)
+        F = ops.concat([F1, -F2 if transposed else F2], -1)
         d = host.call(lambda *z: [solve.invert(*z)], [F.shape], F, *arrays)[0]
         dx, dy = d[:, :n], d[:, n:]
-        return ops.concat([dx, dy - F2 if transposed else F2 - _multiply(ops, A, dx, m) - dy], -1)
+        Adx, rest = _multiply(ops, A, dx, m), (1 - 2 * fixed) * F2
+        return ops.concat([dx, rest + (dy - fixed * Adx if transposed else (fixed - 1) * Adx - dy)], -1)
 
     inverse = lambda r: ops.increment(invert, r, *frozen)
 

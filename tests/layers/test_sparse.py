@@ -277,6 +277,19 @@ def test_redundant_rows_give_the_least_norm_derivative(frontend, rng):
     assert bool(solution.regularity.x) and not bool(solution.regularity.y)
 
 
+@pytest.mark.parametrize("a", [1.0, 100.0])
+def test_redundant_rows_that_move_together(frontend, rng, a):
+    """The derivative of y in t, where x + y = t and a x + a y = a t: of least norm in the scaled unknowns."""
+    rows, d = sp.coo_array(np.array([[1.0, 1.0], [a, a]])), np.array([1.0, a])
+    program = Sparse(sp.eye_array(2).tocoo(), np.array([1.0, 0.3]), rows, d, d)
+    cotangents = [np.zeros(2), np.zeros(2), rng.standard_normal(2)]
+    _, gradients = frontend.differentiable(solver_of(frontend, program))(program.values, cotangents)
+    K = sp.coo_array(np.block([[np.eye(2), rows.toarray().T], [rows.toarray(), np.zeros((2, 2))]]))
+    S = np.diag(linalg.equilibrate(K.data, K.row, K.col, 4, passes=5))
+    dy = (S @ np.linalg.pinv(S @ K @ S) @ S @ np.concatenate([np.zeros(2), d]))[2:]
+    assert_close((gradients[3] + gradients[4]) @ d, cotangents[2] @ dy, 1e-7)
+
+
 def test_outcomes(frontend):
     solve_qp, eye = frontend.module.solve_qp, sp.eye_array(2)
     q = frontend.array(np.array([[1.0, 1.0], [np.nan, 1.0]]))
