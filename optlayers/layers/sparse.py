@@ -134,8 +134,9 @@ def _derived(
     linearization = unflatten(cones, flat)
     is_derived = is_usable(ops.to_int(status))[:, None]
     # Problems with NaN are masked, but as factors these would reach shared parameters as 0 * NaN.
-    P_values, A_values = (ops.where(ops.isfinite(z), z, 0.0) for z in data[:2])
-    q, b, *bounds = data[2:]
+    *finite, l, u = data
+    P_values, A_values, q, b = (ops.where(ops.isfinite(z), z, 0.0) for z in finite)
+    bounds = ops.where(l < ops.inf, l, 0.0), ops.where(u > -ops.inf, u, 0.0)
     P, A = Entries(P_values, *(z[0] for z in places[:2])), Entries(A_values, *(z[0] for z in places[2:]))
     matrices = P_values, *places[:2], A_values, *places[2:]
     frozen = *matrices, x_unique, y_unique, ops.cast(is_derived[:, 0], v), *flat
@@ -158,7 +159,7 @@ def _derived(
 
     def split(z):
         x, v = z[:, :n], z[:, n:]
-        s = project_linearized(ops, cones, (bounds[0], bounds[1]), linearization, v, order)
+        s = project_linearized(ops, cones, bounds, linearization, v, order)
         return x, s, s - v
 
     def residual(z):

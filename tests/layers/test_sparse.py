@@ -334,6 +334,20 @@ def test_failed_problems_have_no_derivative(frontend, rng):
     assert np.isfinite(gradients[0]).all() and not gradients[0][1].any() and not gradients[1][1].any()
 
 
+def test_nan_in_a_vector_does_not_reach_shared_matrices(frontend, rng):
+    program = random_sparse(rng, 12, 8)
+    gradient = frontend.differentiable(solver_of(frontend, program, on_failure="mask"))
+    vectors, cotangents = (1, 3, 4), [rng.standard_normal(k) for k in (12, 8, 8)]
+    _, expected = gradient(program.values, cotangents)
+    together = [np.stack([v, v]) if i in vectors else v for i, v in enumerate(program.values)]
+    for i in vectors:
+        values = [v.copy() for v in together]
+        values[i][1, 2] = np.nan
+        _, gradients = gradient(values, [np.stack([c, c]) for c in cotangents])
+        for k in (0, 2):
+            assert_close(gradients[k], expected[k], 1e-10)
+
+
 class NeverCalled(Clarabel):
     def _solve(self, program, made=None):
         raise AssertionError("the solver was called")
