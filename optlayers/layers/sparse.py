@@ -23,7 +23,7 @@ from ..ops import Array, Ops
 from ..solvers.choice import AUTOMATIC, NAMED, choose, configure
 from ..solvers.host import OSQP, Clarabel, Host
 from ..solvers.sparse import SparseSolve
-from ..status import batch_axes, check, is_usable
+from ..status import Status, batch_axes, check, is_usable
 from .conic import FAILURE_POLICIES, ConicSolution, flatten_batch, restore_batch
 from .direct import INFINITE, _prepare, polyhedral_bounds
 
@@ -67,6 +67,10 @@ class SparseLayer:
     @property
     def rows(self) -> int:
         return self.solve.m - self.has_free_row
+
+    def is_derived(self, status: Array) -> Array:
+        """As `ConicLayer.is_derived`."""
+        return status != Status.NON_FINITE.code if self.on_failure == "ignore" else is_usable(status)
 
     def __post_init__(self):
         if self.on_failure not in FAILURE_POLICIES:
@@ -132,7 +136,7 @@ def _derived(
     (m, n), cones = (solve.m, solve.n), solve.cones
     x_unique, y_unique, status, *flat = constants[6:]
     linearization = unflatten(cones, flat)
-    is_derived = is_usable(ops.to_int(status))[:, None]
+    is_derived = layer.is_derived(ops.to_int(status))[:, None]
     # Problems with NaN are masked, but as factors these would reach shared parameters as 0 * NaN.
     *finite, l, u = data
     P_values, A_values, q, b = (ops.where(ops.isfinite(z), z, 0.0) for z in finite)

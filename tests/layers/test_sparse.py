@@ -348,6 +348,17 @@ def test_nan_in_a_vector_does_not_reach_shared_matrices(frontend, rng):
             assert_close(gradients[k], expected[k], 1e-10)
 
 
+def test_ignored_failures_are_differentiated_like_solutions(frontend):
+    eye, one = sp.eye_array(2), frontend.array(np.ones(2))
+    hasty = {"solver": Clarabel(max_iter=1, refine=0), "order": 1}
+    for policy, expected in (("mask", 0.0), ("ignore", -1.0)):
+        options = {**hasty, "on_failure": policy}
+        solve = lambda q, options=options: (frontend.module.solve_qp(eye, q, eye, -one, one, **options).x,)
+        values = [np.array([[-0.3, 0.5], [np.nan, 0.5]])]
+        _, (gradient,) = frontend.differentiable(solve)(values, [np.ones((2, 2))])
+        assert_close(gradient, np.array([[expected, expected], [0.0, 0.0]]), 1e-7)
+
+
 class NeverCalled(Clarabel):
     def _solve(self, program, made=None):
         raise AssertionError("the solver was called")
