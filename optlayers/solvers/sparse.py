@@ -27,7 +27,7 @@ from ..linalg.rows import Linearization, flatten, linearize, project, shapes, un
 from ..linalg.sparse import HOST, REGULARIZATION, HostMatrix, SparseFactor, derivative_factor, is_convex
 from ..status import Status, is_usable
 from .base import RUNNING, Direction, Progress, certify, conclude, tolerances
-from .host import Host, _program
+from .host import INFINITE, Host, _program
 from .refinement import Point, evaluate, units
 from .scaling import Scaling
 
@@ -129,7 +129,7 @@ class SparseSolve:
         P, A = self._matrices(lane) if finite else (sp.csc_array((k, self.n)) for k in (self.n, self.m))
         lane_solve = _LaneSolve(self, Problem(HostMatrix(P), q, HostMatrix(A), b, l, u))
         with np.errstate(all="ignore"):
-            reason = self._fault(finite, P, l, u)
+            reason = self._fault(finite, P, A, l, u)
             best, status, iterations = lane_solve.run(warm) if reason is None else lane_solve.refuse(reason)
             linearization = lane_solve.linearize(best.v)
             regular = True, True
@@ -139,13 +139,13 @@ class SparseSolve:
         scalars = [np.array(z, float) for z in scalars]
         return [best.x[0], best.v[0], *scalars, *(z[0] for z in flatten(linearization))]
 
-    def _fault(self, finite: bool, P: Any, l: np.ndarray, u: np.ndarray) -> Status | None:
+    def _fault(self, finite: bool, P: Any, A: Any, l: np.ndarray, u: np.ndarray) -> Status | None:
         """Why there is nothing to solve."""
         if not finite:
             return Status.NON_FINITE
-        if (l - u > self.eps * (1 + abs(u))).any():
+        if ((l > u) | (l >= INFINITE) | (u <= -INFINITE)).any():
             return Status.PRIMAL_INFEASIBLE
-        return None if is_convex(P) else Status.NON_CONVEX
+        return None if is_convex(P, A) else Status.NON_CONVEX
 
     def _regularity(self, P: Any, A: Any, linearization: Linearization, factor: Any) -> tuple[bool, bool]:
         """Whether x and y are locally unique; with `factor`, of Newton's last step, if it is as for that."""

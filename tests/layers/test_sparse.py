@@ -313,7 +313,9 @@ def test_outcomes(frontend):
         solve_qp(eye, q, eye, -ones, ones)
 
 
-@pytest.mark.parametrize("P", [np.diag([1.0, -0.5, 2.0]), np.array([[1.0, 2, 0], [2, 1, 0], [0, 0, 0]])])
+@pytest.mark.parametrize(
+    "P", [np.diag([1.0, -0.5, 2.0]), np.diag([1e6, -0.5, 0]), np.array([[1.0, 2, 0], [2, 1, 0], [0, 0, 0]])]
+)
 def test_not_convex(frontend, P):
     eye, ones = sp.eye_array(3), frontend.array(np.ones(3))
     for solver in (None, "OSQP"):
@@ -321,6 +323,14 @@ def test_not_convex(frontend, P):
             sp.coo_array(P), ones, eye, -ones, ones, solver=solver, on_failure="mask"
         )
         assert frontend.numpy(solution.status) == Status.NON_CONVEX.code
+
+
+@pytest.mark.parametrize("l, u", [(1.0, 1 - 1e-12), (np.inf, np.inf), (-np.inf, -np.inf), (np.inf, -np.inf)])
+def test_bounds_that_no_point_is_between(frontend, l, u):
+    eye, bounds = sp.eye_array(2), (frontend.array(np.array([z, 0.0])) for z in (l, u))
+    q = frontend.array(np.ones(2))
+    solution = frontend.module.solve_qp(eye, q, eye, *bounds, eps=1e-3, on_failure="mask")
+    assert frontend.numpy(solution.status) == Status.PRIMAL_INFEASIBLE.code
 
 
 def test_failed_problems_have_no_derivative(frontend, rng):
