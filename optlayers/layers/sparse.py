@@ -219,7 +219,9 @@ def sparse_layer(
                 f"got {tuple(matrix.shape)}; a batch shares them, only vectors may have batch axes"
             )
     if gradient != "exact":
-        raise ValueError(f"sparse problems have gradient='exact' only, got {gradient!r}; use dense matrices")
+        raise ValueError(
+            f"gradient must be 'exact' for sparse problems, got {gradient!r}; others are for dense matrices"
+        )
     return layer_of_size(m, n, cones, solver, {"eps": eps}, order, on_failure)
 
 
@@ -296,10 +298,11 @@ def solve_sparse_cone(
 
 def _vectors(ops: Ops, layer: SparseLayer, names: str, data: Sequence[Array | None], like: Array):
     """The vectors with one batch axis, of length 1 where it was missing, and the batch axes as given."""
+    for name, z in zip(names[1:], data[1:], strict=True):
+        shape = () if z is None else tuple(z.shape)
+        if shape[-1:] != (layer.rows,):
+            raise ValueError(f"{name} must have shape (..., {layer.rows}) as A has rows, got {shape}")
     arrays, lead = _prepare(ops, list(names), data, ["n" if name == "q" else "m" for name in names], like)
-    for name, z in zip(names[1:], arrays[1:], strict=True):
-        if z.shape[-1] != layer.rows:
-            raise ValueError(f"{name} must have shape (..., {layer.rows}), got {tuple(z.shape)}")
     return [z[None] if z.ndim == 1 else z for z in arrays], lead
 
 

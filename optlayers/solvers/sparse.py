@@ -113,11 +113,7 @@ class SparseSolve:
         return np.stack([np.concatenate(factor.solve(F[: self.n], F[self.n :])) for F in r])
 
     def _matrices(self, lane: Sequence[np.ndarray]) -> tuple[Any, Any]:
-        _, rows, columns = lane[:3]
-        if (rows < columns).any() != (rows > columns).any():
-            raise ValueError(
-                "P has entries on one side of the diagonal only; give both triangles, P + P' - diag(P)"
-            )
+        check_triangles(*lane[1:3])
         P = _matrix(lane[:3], (self.n, self.n))
         return (P + P.T) / 2, _matrix(lane[3:6], (self.m, self.n))
 
@@ -228,6 +224,14 @@ class _LaneSolve(NamedTuple):
             ds = -F[1][0] - A.matrix @ dx
             x, v = x + dx, v + (ds - dy)
         return best, steps
+
+
+def check_triangles(rows: np.ndarray, columns: np.ndarray) -> None:
+    """Raise for the places of a P of which only one triangle was given."""
+    if (rows < columns).any() != (rows > columns).any():
+        raise ValueError(
+            "P has entries on one side of the diagonal only; give both triangles, P + P' - diag(P)"
+        )
 
 
 def _same(a: Linearization, b: Linearization) -> bool:

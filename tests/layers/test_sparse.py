@@ -501,11 +501,12 @@ def test_errors_say_what_to_do(frontend, rng):
         solve_qp(sp.eye_array(2), q)
     with pytest.raises(ValueError, match=r"A must have shape \('m', 3\)"):
         solve_qp(eye, q, sp.eye_array(2), None, None)
-    with pytest.raises(ValueError, match=r"l must have shape"):
-        solve_qp(eye, q, eye, q[:2], q[:2])
+    for bounds in ((q[:2], q), (q[:2], q[:2])):
+        with pytest.raises(ValueError, match=r"l must have shape \(..., 3\)"):
+            solve_qp(eye, q, eye, *bounds)
     with pytest.raises(ValueError, match="Clarabel, OSQP or SCS"):
         solve_qp(eye, q, solver="ADMM")
-    with pytest.raises(ValueError, match="gradient='exact' only"):
+    with pytest.raises(ValueError, match="gradient must be 'exact'"):
         solve_qp(eye, q, gradient="lpgd")
     with pytest.raises(ValueError, match="the cones have 2 rows"):
         frontend.module.solve_conic(eye, q, eye, q, Cones(nonneg=2))
@@ -513,12 +514,24 @@ def test_errors_say_what_to_do(frontend, rng):
         frontend.module.solve_conic(eye, q, eye, q, Cones(soc=(3,)), solver="OSQP")
 
 
-def test_one_triangle_of_P_is_refused(rng):
-    torch = pytest.importorskip("torch")
-    from optlayers.torch import solve_qp
+def test_one_triangle_of_P_is_refused(frontend, rng):
+    triangle, q = sp.coo_array(np.triu(np.ones((3, 3)))), frontend.array(np.ones(3))
+    for P in (triangle, sparse_matrix(frontend, frontend.array(triangle.data), triangle)):
+        with pytest.raises(ValueError, match="both triangles"):
+            frontend.module.solve_qp(P, q)
 
-    with pytest.raises(ValueError, match="both triangles"):
-        solve_qp(sp.coo_array(np.triu(np.ones((3, 3)))), torch.ones(3))
+
+def test_places_that_make_no_matrix(frontend, rng):
+    q = frontend.array(np.ones(2))
+    if frontend.name == "torch":
+        torch = frontend.framework
+        P, message = torch.sparse_coo_tensor([[0, 1]], torch.eye(2), (2, 2)), "must be sparse, got 1 dense"
+    else:
+        like = sp.coo_array(([1.0, 1.0], ([0, 1], [0, 1])), shape=(2, 2))
+        P, message = sparse_matrix(frontend, q, like), "must not be negative, got -1"
+        P.indices = P.indices - 1
+    with pytest.raises(ValueError, match=message):
+        frontend.module.solve_qp(P, q)
 
 
 def test_gradients_of_torch_tensors_keep_their_layout(rng):
