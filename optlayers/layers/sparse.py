@@ -22,6 +22,7 @@ from ..linalg.sensitivity import Regularity
 from ..ops import Array, Ops
 from ..solvers.choice import AUTOMATIC, NAMED, choose, configure
 from ..solvers.host import OSQP, Clarabel, Host
+from ..solvers.scaling import Scaling
 from ..solvers.sparse import SparseSolve
 from ..status import Status, batch_axes, check, is_usable
 from .conic import FAILURE_POLICIES, ConicSolution, flatten_batch, restore_batch
@@ -114,13 +115,23 @@ def _differentiable(
     batch = next((z.shape[0] for z in (*matrices, *vectors, *warm) if z.shape[0] != 1), 1)
     shapes = solve.output_shapes(batch)
     x, v, error, iterations, *system = host.call(solve.solve, shapes, *matrices, *vectors, *warm)
-    x_unique, y_unique, status, *flat = system
-    s = project_linearized(ops, cones, (vectors[2], vectors[3]), unflatten(cones, flat), v, 0)
+    x_unique, y_unique, status, *rest = system
+    point = _restored(ops, cones, vectors[2:], rest, x, v, 0)
     rule, data = partial(_derived, ops, host, layer), (P.values, A.values, *vectors)
     places = [z for M in (matrices[1:3], matrices[4:6]) for z in M]
-    x, s, y = ops.deferred(rule, layer.order, (x, s, s - v), data, (x, v, *places, *system))
+    x, s, y = ops.deferred(rule, layer.order, point, data, (x, v, *places, *system))
     regularity = Regularity(x_unique > 0, y_unique > 0)
     return ConicSolution(x, s, y, ops.to_int(status), ops.to_int(iterations), error, regularity)
+
+
+def _restored(
+    ops: Ops, cones: Cones, bounds: Sequence[Array], rest: Sequence[Array], x: Array, v: Array, order: int
+) -> tuple[Array, Array, Array]:
+    """x, s and y of a point (x, v) of the equilibrated problem, whose scaling and linearisation is `rest`."""
+    scaling, linearization = Scaling(*rest[:3]), unflatten(cones, list(rest[3:]))
+    l, u = (scaling.E[:, : bound.shape[1]] * bound for bound in bounds)
+    s = project_linearized(ops, cones, (l, u), linearization, v, order)
+    return scaling.restore(x, s, s - v)
 
 
 def _derived(
@@ -134,8 +145,8 @@ def _derived(
     """x, s and y with derivatives in the entries of P and A and in q, b, l, u up to `order`."""
     solve, (x, v, *places) = layer.solve, constants[:6]
     (m, n), cones = (solve.m, solve.n), solve.cones
-    x_unique, y_unique, status, *flat = constants[6:]
-    linearization = unflatten(cones, flat)
+    x_unique, y_unique, status, *rest = constants[6:]
+    D, E, c = rest[:3]
     is_derived = layer.is_derived(ops.to_int(status))[:, None]
     # Problems with NaN are masked, but as factors these would reach shared parameters as 0 * NaN.
     *finite, l, u = data
@@ -143,36 +154,36 @@ def _derived(
     bounds = ops.where(l < ops.inf, l, 0.0), ops.where(u > -ops.inf, u, 0.0)
     P, A = Entries(P_values, *(z[0] for z in places[:2])), Entries(A_values, *(z[0] for z in places[2:]))
     matrices = P_values, *places[:2], A_values, *places[2:]
-    frozen = *matrices, x_unique, y_unique, ops.cast(is_derived[:, 0], v), *flat
+    frozen = *matrices, x_unique, y_unique, ops.cast(is_derived[:, 0], v), *rest
 
     def invert(r, transposed, *arrays):
-        A, free, F1, F2 = Entries(arrays[3], arrays[4][0], arrays[5][0]), arrays[9], r[:, :n], r[:, n:]
+        A, F1, F2 = Entries(arrays[3], arrays[4][0], arrays[5][0]), r[:, :n], r[:, n:]
+        D, E, _, free = arrays[9:13]
         # Of the rows where s is a bound the unknown is not dv, but the whole dy = ds - dv, which is to be of
         # least norm where it is not unique: there F_2 is -ds, and J (dx, dv) = F is K (dx, dy) = F without
         # the A'ds in F_1.
         fixed = ops.concat([1 - free, ops.full((free.shape[0], m - free.shape[1]), 0.0, free)], -1)
         moved = (1 - fixed) * F2 if transposed else fixed * F2
-        F1 = F1 - _multiply(ops, _transpose(A), moved, n)
+        F1 = F1 - D * _multiply(ops, _transpose(A), E * moved, n)
         F = ops.concat([F1, -F2 if transposed else F2], -1)
         d = host.call(lambda *z: [solve.invert(*z)], [F.shape], F, *arrays)[0]
         dx, dy = d[:, :n], d[:, n:]
-        Adx, rest = _multiply(ops, A, dx, m), (1 - 2 * fixed) * F2
-        return ops.concat([dx, rest + (dy - fixed * Adx if transposed else (fixed - 1) * Adx - dy)], -1)
+        Adx, own = E * _multiply(ops, A, D * dx, m), (1 - 2 * fixed) * F2
+        return ops.concat([dx, own + (dy - fixed * Adx if transposed else (fixed - 1) * Adx - dy)], -1)
 
     inverse = lambda r: ops.increment(invert, r, *frozen)
 
-    def split(z):
-        x, v = z[:, :n], z[:, n:]
-        s = project_linearized(ops, cones, bounds, linearization, v, order)
-        return x, s, s - v
+    def restored(z):
+        return _restored(ops, cones, bounds, rest, z[:, :n], z[:, n:], order)
 
     def residual(z):
-        x, s, y = split(z)
+        x, s, y = restored(z)
         Px = (_multiply(ops, P, x, n) + _multiply(ops, _transpose(P), x, n)) / 2
-        F = [Px + q + _multiply(ops, _transpose(A), y, n), _multiply(ops, A, x, m) + s - b]
+        Aty, Ax = _multiply(ops, _transpose(A), y, n), _multiply(ops, A, x, m)
+        F = [c * D * (Px + q + Aty), E * (Ax + s - b)]
         return ops.where(is_derived, ops.concat(F, -1), 0.0)
 
-    return split(attach(ops, residual, inverse, ops.concat([x, v], -1), order))
+    return restored(attach(ops, residual, inverse, ops.concat([x, v], -1), order))
 
 
 def _add_free_row(ops: Ops, A: Entries, vectors: Sequence[Array], warm: Sequence[Array]):
