@@ -152,6 +152,7 @@ def _derived(
     *finite, l, u = data
     P_values, A_values, q, b = (ops.where(ops.isfinite(z), z, 0.0) for z in finite)
     bounds = ops.where(l < ops.inf, l, 0.0), ops.where(u > -ops.inf, u, 0.0)
+    bounds = [ops.where(is_derived, bound, ops.stop_gradient(bound)) for bound in bounds]
     P, A = Entries(P_values, *(z[0] for z in places[:2])), Entries(A_values, *(z[0] for z in places[2:]))
     matrices = P_values, *places[:2], A_values, *places[2:]
     frozen = *matrices, x_unique, y_unique, ops.cast(is_derived[:, 0], v), *rest
@@ -159,9 +160,8 @@ def _derived(
     def invert(r, transposed, *arrays):
         A, F1, F2 = Entries(arrays[3], arrays[4][0], arrays[5][0]), r[:, :n], r[:, n:]
         D, E, _, free = arrays[9:13]
-        # Of the rows where s is a bound the unknown is not dv, but the whole dy = ds - dv, which is to be of
-        # least norm where it is not unique: there F_2 is -ds, and J (dx, dv) = F is K (dx, dy) = F without
-        # the A'ds in F_1.
+        # In rows where s is a bound, F_2 is its change ds, and F_1 has A'ds. Not dv but dy = ds - dv is to be
+        # of least norm: without the A'ds, K is solved for all of dy.
         fixed = ops.concat([1 - free, ops.full((free.shape[0], m - free.shape[1]), 0.0, free)], -1)
         moved = (1 - fixed) * F2 if transposed else fixed * F2
         F1 = F1 - D * _multiply(ops, _transpose(A), E * moved, n)
