@@ -17,6 +17,7 @@ from ..layers import sparse
 from ..layers.conic import ConicSolution
 from ..layers.direct import curved_part
 from ..ops import jax as ops
+from ..solvers.sparse import check_triangles
 from .checked import run_checked
 
 
@@ -26,13 +27,13 @@ def is_sparse(matrix: Any) -> bool:
 
 def solve_qp(P, q, A, l, u, warm, **options) -> ConicSolution:
     layer = sparse.sparse_layer(P, q, A, Cones(), **options)
-    matrices = _entries(P, q), _entries(A, q)
+    matrices = _entries(P, q, is_hessian=True), _entries(A, q)
     return run_checked(_solve_box, layer, (matrices, (q, l, u)), warm, q)
 
 
 def solve_conic(P, q, A, b, cones, warm, **options) -> ConicSolution:
     layer = sparse.sparse_layer(P, q, A, curved_part(cones), **options)
-    matrices = _entries(P, q), _entries(A, q)
+    matrices = _entries(P, q, is_hessian=True), _entries(A, q)
     return run_checked(functools.partial(_solve_cone, cones), layer, (matrices, (q, b)), warm, q)
 
 
@@ -46,11 +47,12 @@ def _solve_cone(cones, layer, data, warm, like):
     return sparse.solve_sparse_cone(ops, HOST, layer, cones, *data, warm, like)
 
 
-def _entries(matrix: Any, like: jax.Array) -> sparse.Entries:
+def _entries(matrix: Any, like: jax.Array, is_hessian: bool = False) -> sparse.Entries:
     if matrix is None:
         matrix = sp.coo_array((0, 0))
     if sp.issparse(matrix):
         matrix = sp.coo_array(matrix)
+        _check(np.stack(matrix.coords, -1), is_hessian)
         values, indices = ops.constant(np.asarray(matrix.data, float), like), [matrix.row, matrix.col]
         return sparse.Entries(values, *(ops.constant(i, like) for i in indices))
     if isinstance(matrix, BCSR):
@@ -61,9 +63,21 @@ def _entries(matrix: Any, like: jax.Array) -> sparse.Entries:
     if not isinstance(matrix, BCOO) or matrix.n_batch or matrix.n_dense:
         raise ValueError(f"sparse matrices must be BCOO or BCSR without batch and dense axes, got {matrix!r}")
     # Entries outside the matrix are padding.
-    inside = (matrix.indices < np.array([matrix.shape], matrix.indices.dtype)).all(-1)
+    is_inside = lambda indices: (indices < np.array([matrix.shape], indices.dtype)).all(-1)
+    if not isinstance(matrix.indices, jax.core.Tracer):
+        places = np.asarray(matrix.indices)
+        _check(places[is_inside(places)], is_hessian)
+    inside = is_inside(matrix.indices)
     rows, columns = jnp.where(inside[:, None], matrix.indices, 0).T
     return sparse.Entries(jnp.where(inside, matrix.data, 0.0), rows, columns)
+
+
+def _check(places: np.ndarray, is_hessian: bool) -> None:
+    """Raise for places (N, 2) that make no matrix: errors of the host's call would come without a message."""
+    if (places < 0).any():
+        raise ValueError(f"indices of a sparse matrix must not be negative, got {places.min()}")
+    if is_hessian:
+        check_triangles(*places.T)
 
 
 class _Host:

@@ -1,8 +1,8 @@
 """The cone program with sparse P and A as a differentiable map; see `optlayers.layers.conic` for the program.
 
-The problem is solved on the host, where one sparse factorisation serves Newton's refinement and the
-derivative. That is the derivative of a residual made of gathers and scatters over the entries of P and A:
-gradients of matrices are vectors of as many entries, and no matrix is ever dense.
+The problem is solved on the host, where sparse factorisations serve Newton's refinement and the derivative.
+That is the derivative of a residual made of gathers and scatters over the entries of P and A: gradients of
+matrices are vectors of as many entries, and no matrix is ever dense.
 
 P stands for (P + P') / 2, so that with u = J^-T (x_bar, 0) its entries have the gradient
 -(u_i x_j + x_i u_j) / 2.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from ..cones import Cones
@@ -21,8 +22,9 @@ from ..linalg.sensitivity import Regularity
 from ..ops import Array, Ops
 from ..solvers.choice import AUTOMATIC, NAMED, choose, configure
 from ..solvers.host import OSQP, Clarabel, Host
+from ..solvers.scaling import Scaling
 from ..solvers.sparse import SparseSolve
-from ..status import batch_axes, check, is_usable
+from ..status import Status, batch_axes, check, is_usable
 from .conic import FAILURE_POLICIES, ConicSolution, flatten_batch, restore_batch
 from .direct import INFINITE, _prepare, polyhedral_bounds
 
@@ -67,6 +69,10 @@ class SparseLayer:
     def rows(self) -> int:
         return self.solve.m - self.has_free_row
 
+    def is_derived(self, status: Array) -> Array:
+        """As `ConicLayer.is_derived`."""
+        return status != Status.NON_FINITE.code if self.on_failure == "ignore" else is_usable(status)
+
     def __post_init__(self):
         if self.on_failure not in FAILURE_POLICIES:
             raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {self.on_failure!r}")
@@ -104,47 +110,80 @@ def _differentiable(
     vectors: Sequence[Array],
     warm: Sequence[Array],
 ) -> ConicSolution:
-    solve, (q, b, l, u) = layer.solve, vectors
-    (m, n), cones = (solve.m, solve.n), solve.cones
+    solve, cones = layer.solve, layer.solve.cones
     matrices = [z if z.ndim == 2 else z[None] for M in (P, A) for z in M]
     batch = next((z.shape[0] for z in (*matrices, *vectors, *warm) if z.shape[0] != 1), 1)
     shapes = solve.output_shapes(batch)
     x, v, error, iterations, *system = host.call(solve.solve, shapes, *matrices, *vectors, *warm)
-    # Problems with NaN are masked, but as factors these would reach shared parameters as 0 * NaN.
-    P, A = (M._replace(values=ops.where(ops.isfinite(M.values), M.values, 0.0)) for M in (P, A))
-    x_unique, y_unique, status, *flat = system
-    linearization, status = unflatten(cones, flat), ops.to_int(status)
-    usable = is_usable(status)[:, None]
+    x_unique, y_unique, status, *rest = system
+    point = _restored(ops, cones, vectors[2:], rest, x, v, 0)
+    rule, data = partial(_derived, ops, host, layer), (P.values, A.values, *vectors)
+    places = [z for M in (matrices[1:3], matrices[4:6]) for z in M]
+    x, s, y = ops.deferred(rule, layer.order, point, data, (x, v, *places, *system))
+    regularity = Regularity(x_unique > 0, y_unique > 0)
+    return ConicSolution(x, s, y, ops.to_int(status), ops.to_int(iterations), error, regularity)
 
-    def solve_symmetric(*arrays):
-        return host.call(lambda *z: [solve.invert(*z)], [arrays[0].shape], *arrays)[0]
+
+def _restored(
+    ops: Ops, cones: Cones, bounds: Sequence[Array], rest: Sequence[Array], x: Array, v: Array, order: int
+) -> tuple[Array, Array, Array]:
+    """x, s and y of a point (x, v) of the equilibrated problem, whose scaling and linearisation is `rest`."""
+    scaling, linearization = Scaling(*rest[:3]), unflatten(cones, list(rest[3:]))
+    l, u = (scaling.E[:, : bound.shape[1]] * bound for bound in bounds)
+    s = project_linearized(ops, cones, (l, u), linearization, v, order)
+    return scaling.restore(x, s, s - v)
+
+
+def _derived(
+    ops: Ops,
+    host: HostCalls,
+    layer: SparseLayer,
+    order: int,
+    data: Sequence[Array],
+    constants: Sequence[Array],
+) -> tuple[Array, Array, Array]:
+    """x, s and y with derivatives in the entries of P and A and in q, b, l, u up to `order`."""
+    solve, (x, v, *places) = layer.solve, constants[:6]
+    (m, n), cones = (solve.m, solve.n), solve.cones
+    x_unique, y_unique, status, *rest = constants[6:]
+    D, E, c = rest[:3]
+    is_derived = layer.is_derived(ops.to_int(status))[:, None]
+    # Problems with NaN are masked, but as factors these would reach shared parameters as 0 * NaN.
+    *finite, l, u = data
+    P_values, A_values, q, b = (ops.where(ops.isfinite(z), z, 0.0) for z in finite)
+    bounds = ops.where(l < ops.inf, l, 0.0), ops.where(u > -ops.inf, u, 0.0)
+    bounds = [ops.where(is_derived, bound, ops.stop_gradient(bound)) for bound in bounds]
+    P, A = Entries(P_values, *(z[0] for z in places[:2])), Entries(A_values, *(z[0] for z in places[2:]))
+    matrices = P_values, *places[:2], A_values, *places[2:]
+    frozen = *matrices, x_unique, y_unique, ops.cast(is_derived[:, 0], v), *rest
 
     def invert(r, transposed, *arrays):
-        M, F2 = Entries(arrays[3], arrays[4][0], arrays[5][0]), r[:, n:]
-        if transposed:
-            F1 = r[:, :n] - _multiply(ops, _transpose(M), F2, n)
-            d = solve_symmetric(ops.concat([F1, -F2], -1), *arrays)
-            return ops.concat([d[:, :n], d[:, n:] + F2], -1)
-        d = solve_symmetric(r, *arrays)
+        A, F1, F2 = Entries(arrays[3], arrays[4][0], arrays[5][0]), r[:, :n], r[:, n:]
+        D, E, _, free = arrays[9:13]
+        # In rows where s is a bound, F_2 is its change ds, and F_1 has A'ds. Not dv but dy = ds - dv is to be
+        # of least norm: without the A'ds, K is solved for all of dy.
+        fixed = ops.concat([1 - free, ops.full((free.shape[0], m - free.shape[1]), 0.0, free)], -1)
+        moved = (1 - fixed) * F2 if transposed else fixed * F2
+        F1 = F1 - D * _multiply(ops, _transpose(A), E * moved, n)
+        F = ops.concat([F1, -F2 if transposed else F2], -1)
+        d = host.call(lambda *z: [solve.invert(*z)], [F.shape], F, *arrays)[0]
         dx, dy = d[:, :n], d[:, n:]
-        return ops.concat([dx, F2 - _multiply(ops, M, dx, m) - dy], -1)
+        Adx, own = E * _multiply(ops, A, D * dx, m), (1 - 2 * fixed) * F2
+        return ops.concat([dx, own + (dy - fixed * Adx if transposed else (fixed - 1) * Adx - dy)], -1)
 
-    inverse = lambda r: ops.increment(invert, r, *matrices, *system)
+    inverse = lambda r: ops.increment(invert, r, *frozen)
 
-    def split(z):
-        x, v = z[:, :n], z[:, n:]
-        s = project_linearized(ops, cones, (l, u), linearization, v, layer.order)
-        return x, s, s - v
+    def restored(z):
+        return _restored(ops, cones, bounds, rest, z[:, :n], z[:, n:], order)
 
     def residual(z):
-        x, s, y = split(z)
+        x, s, y = restored(z)
         Px = (_multiply(ops, P, x, n) + _multiply(ops, _transpose(P), x, n)) / 2
-        F = [Px + q + _multiply(ops, _transpose(A), y, n), _multiply(ops, A, x, m) + s - b]
-        return ops.where(usable, ops.concat(F, -1), 0.0)
+        Aty, Ax = _multiply(ops, _transpose(A), y, n), _multiply(ops, A, x, m)
+        F = [c * D * (Px + q + Aty), E * (Ax + s - b)]
+        return ops.where(is_derived, ops.concat(F, -1), 0.0)
 
-    z = attach(ops, residual, inverse, ops.concat([x, v], -1), layer.order)
-    regularity = Regularity(x_unique > 0, y_unique > 0)
-    return ConicSolution(*split(z), status, ops.to_int(iterations), error, regularity)
+    return restored(attach(ops, residual, inverse, ops.concat([x, v], -1), order))
 
 
 def _add_free_row(ops: Ops, A: Entries, vectors: Sequence[Array], warm: Sequence[Array]):
@@ -191,7 +230,9 @@ def sparse_layer(
                 f"got {tuple(matrix.shape)}; a batch shares them, only vectors may have batch axes"
             )
     if gradient != "exact":
-        raise ValueError(f"sparse problems have gradient='exact' only, got {gradient!r}; use dense matrices")
+        raise ValueError(
+            f"gradient must be 'exact' for sparse problems, got {gradient!r}; others are for dense matrices"
+        )
     return layer_of_size(m, n, cones, solver, {"eps": eps}, order, on_failure)
 
 
@@ -268,10 +309,11 @@ def solve_sparse_cone(
 
 def _vectors(ops: Ops, layer: SparseLayer, names: str, data: Sequence[Array | None], like: Array):
     """The vectors with one batch axis, of length 1 where it was missing, and the batch axes as given."""
+    for name, z in zip(names[1:], data[1:], strict=True):
+        shape = () if z is None else tuple(z.shape)
+        if shape[-1:] != (layer.rows,):
+            raise ValueError(f"{name} must have shape (..., {layer.rows}) as A has rows, got {shape}")
     arrays, lead = _prepare(ops, list(names), data, ["n" if name == "q" else "m" for name in names], like)
-    for name, z in zip(names[1:], arrays[1:], strict=True):
-        if z.shape[-1] != layer.rows:
-            raise ValueError(f"{name} must have shape (..., {layer.rows}), got {tuple(z.shape)}")
     return [z[None] if z.ndim == 1 else z for z in arrays], lead
 
 

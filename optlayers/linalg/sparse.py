@@ -171,7 +171,7 @@ def equilibrate(
 
 
 def is_convex(P: Any) -> bool:
-    """Whether P is positive semidefinite, up to the rounding of data computed in float32."""
+    """Whether an equilibrated P is positive semidefinite, up to the rounding of data computed in float32."""
     shift = 1e-6 * (abs(P.diagonal()).max(initial=0.0) or 1.0)
     lu = _pivots_on_diagonal(P + sp.diags_array(np.full(P.shape[0], shift)))
     return lu is not None and np.array_equal(lu.perm_r, lu.perm_c) and bool((lu.U.diagonal() > 0).all())

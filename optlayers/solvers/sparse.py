@@ -1,14 +1,16 @@
-"""Large sparse problems on the host: a library solves, Newton steps refine, one factorisation serves both.
+"""Large sparse problems on the host: a library solves, and Newton steps refine.
 
 Two functions of NumPy arrays are offered to the frameworks: `SparseSolve.solve` and the inverse
 `SparseSolve.invert` of the KKT system at its result. A matrix is given as entries (values, rows, columns),
 each (B, N), of which those at the same place add up; P stands for (P + P') / 2. Vectors are q (B, n),
 b (B, m), l and u (B, k); B is 1 where the batch shares one. All arrays may have further axes in front, of
 equal length or of length 1. Problems are solved one after the other, in threads.
+A factorisation does not outlive its call: SciPy frees one only in the thread that made it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -22,10 +24,19 @@ import scipy.sparse as sp
 from ..cones import Cones
 from ..linalg.kkt import Problem
 from ..linalg.rows import Linearization, flatten, linearize, project, shapes, unflatten
-from ..linalg.sparse import HOST, REGULARIZATION, HostMatrix, SparseFactor, derivative_factor, is_convex
+from ..linalg.sparse import (
+    HOST,
+    REGULARIZATION,
+    HostMatrix,
+    SparseFactor,
+    cone_sizes,
+    derivative_factor,
+    equilibrate,
+    is_convex,
+)
 from ..status import Status, is_usable
 from .base import RUNNING, Direction, Progress, certify, conclude, tolerances
-from .host import Host, _program
+from .host import INFINITE, Host, _program
 from .refinement import Point, evaluate, units
 from .scaling import Scaling
 
@@ -33,18 +44,14 @@ from .scaling import Scaling
 MATRIX_ARRAYS = 6
 
 
-@dataclass
-class _Memo:
-    """What calls leave for others, to save time: results are the same without. Not copied, and not pickled.
+class _Memo(defaultdict[Host, list]):
+    """What each solver keeps of earlier calls, to save time: results are the same without.
 
-    Attributes:
-        lanes: the latest factorisations, so that the derivative finds those of the solve. For each problem
-            the arrays that define its factor, and the factor.
-        made: for each solver, what it keeps of earlier calls.
+    Not copied, and not pickled.
     """
 
-    lanes: list[tuple[Sequence[np.ndarray], SparseFactor | None]] = field(default_factory=list)
-    made: defaultdict[Host, list] = field(default_factory=lambda: defaultdict(list))
+    def __init__(self):
+        super().__init__(list)
 
     def __reduce__(self):
         return _Memo, ()
@@ -70,12 +77,14 @@ class SparseSolve:
     def output_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Shapes of what `solve` returns, of float arrays."""
         scalars = [(batch,)] * 5
-        bounded = self.m - self.cones.rows
-        arrays = [shape for shape, _ in shapes(self.cones, batch, bounded)]
-        return [(batch, self.n), (batch, self.m), *scalars, *arrays]
+        vectors = [(batch, self.n), (batch, self.m)]
+        arrays = [shape for shape, _ in shapes(self.cones, batch, self.m - self.cones.rows)]
+        return [*vectors, *scalars, *vectors, (batch, 1), *arrays]
 
     def solve(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        """x, v, residual, iterations, x_unique, y_unique, status and the arrays of the linearisation.
+        """x, v, residual, iterations, x_unique, y_unique, status, the scaling, arrays of the linearisation.
+
+        x, v and the linearisation are of the problem that is equilibrated by the scaling D, E, c.
 
         Args:
             arrays: entries of P and of A; q, b, l, u; perhaps (x, s, y) to start from.
@@ -84,99 +93,84 @@ class SparseSolve:
         if not lanes:
             return [np.zeros((*lead, *shape[1:])) for shape in self.output_shapes(1)]
         results = _in_threads(self._solve_lane, lanes)
-        outputs = [np.stack(parts) for parts in zip(*(output for output, _ in results), strict=True)]
-        outputs = [x.reshape(*lead, *x.shape[1:]) for x in outputs]
-        self.memo.lanes = [
-            ((*lane[:MATRIX_ARRAYS], *output[4:]), factor)
-            for lane, (output, factor) in zip(lanes, results, strict=True)
-        ]
-        return outputs
+        outputs = [np.stack(parts) for parts in zip(*results, strict=True)]
+        return [x.reshape(*lead, *x.shape[1:]) for x in outputs]
 
     def invert(self, r: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
-        """(dx, dy) for r = (F_1, F_2) (..., B, n + m), see `SparseFactor.solve`; zero for failed problems.
+        """(dx, dy) for r = (F_1, F_2) (..., B, n + m), see `SparseFactor.solve`; zero without derivative.
 
         Args:
-            arrays: entries of P and of A; x_unique, y_unique, status and the linearisation, from `solve`.
+            arrays: entries of P and of A; x_unique and y_unique; whether there is a derivative; the scaling
+                and the linearisation, from `solve`. The system is that of the equilibrated problem.
         """
         system, lanes = _lanes(arrays, tuple(self.output_shapes(1)[4:]))
-        memory = self.memo.lanes
-        remembered = memory if len(memory) == len(lanes) else [None] * len(lanes)
-        factors = _in_threads(self._factor, [*zip(lanes, remembered, strict=True)])
-        self.memo.lanes = [*zip(lanes, factors, strict=True)]
         lead = np.broadcast_shapes(system, r.shape[:-1])
-        if 0 in lead:
-            return np.zeros((*lead, r.shape[-1]))
-        at = np.broadcast_to(np.arange(len(lanes)).reshape(system), lead).ravel()
-        rows = np.broadcast_to(r, (*lead, r.shape[-1])).reshape(-1, r.shape[-1])
-        pairs = [(factors[i], row) for i, row in zip(at, rows, strict=True)]
-        solutions = _in_threads(self._invert_lane, pairs)
-        return np.stack(solutions).reshape(*lead, r.shape[-1])
+        solutions = np.zeros((math.prod(lead), r.shape[-1]))
+        if solutions.size:
+            rows = np.broadcast_to(r, (*lead, r.shape[-1])).reshape(solutions.shape)
+            at = np.broadcast_to(np.arange(len(lanes)).reshape(system), lead).ravel()
+            own = [np.flatnonzero(at == i) for i in range(len(lanes))]
+            parts = [(rows[i], *lane) for i, lane in zip(own, lanes, strict=True)]
+            solutions[np.concatenate(own)] = np.concatenate(_in_threads(self._invert_lane, parts))
+        return solutions.reshape(*lead, r.shape[-1])
 
-    def _invert_lane(self, factor: SparseFactor | None, r: np.ndarray) -> np.ndarray:
-        return 0 * r if factor is None else np.concatenate(factor.solve(r[: self.n], r[self.n :]))
-
-    def _factor(self, lane: Sequence[np.ndarray], remembered: Any) -> SparseFactor | None:
-        if remembered and all(map(np.array_equal, lane, remembered[0])):
-            return remembered[1]
-        x_unique, y_unique, status, *flat = lane[MATRIX_ARRAYS:]
-        if not is_usable(status):
-            return None
-        P, A = self._matrices(lane)
-        linearization = unflatten(self.cones, [np.asarray(x, float)[None] for x in flat])
-        return derivative_factor(self.cones, P, A, linearization, not (x_unique and y_unique))
+    def _invert_lane(self, r: np.ndarray, *lane: np.ndarray) -> np.ndarray:
+        x_unique, y_unique, is_derived, *arrays = lane[MATRIX_ARRAYS:]
+        if not is_derived:
+            return 0 * r
+        D, E, c, *flat = (np.asarray(x, float)[None] for x in arrays)
+        P, A = _scaled(*self._matrices(lane), Scaling(D, E, c))
+        linearization = unflatten(self.cones, flat)
+        factor = derivative_factor(self.cones, P, A, linearization, not (x_unique and y_unique))
+        return np.stack([np.concatenate(factor.solve(F[: self.n], F[self.n :])) for F in r])
 
     def _matrices(self, lane: Sequence[np.ndarray]) -> tuple[Any, Any]:
-        _, rows, columns = lane[:3]
-        if (rows < columns).any() != (rows > columns).any():
-            raise ValueError(
-                "P has entries on one side of the diagonal only; give both triangles, P + P' - diag(P)"
-            )
+        check_triangles(*lane[1:3])
         P = _matrix(lane[:3], (self.n, self.n))
         return (P + P.T) / 2, _matrix(lane[3:6], (self.m, self.n))
 
-    def _solve_lane(self, *lane: np.ndarray) -> tuple[list[np.ndarray], SparseFactor | None]:
-        """The outputs of `solve` for one problem, and its factor if its solution is usable."""
+    def _solve_lane(self, *lane: np.ndarray) -> list[np.ndarray]:
+        """The outputs of `solve` for one problem."""
         q, b, l, u, *warm = (np.array(x, float)[None] for x in lane[MATRIX_ARRAYS:])
         finite = _is_finite(lane[0], lane[3], q, b, bounds=(l, u))
         # Of a problem with NaN or infinity only the shapes are used.
         P, A = self._matrices(lane) if finite else (sp.csc_array((k, self.n)) for k in (self.n, self.m))
-        lane_solve = _LaneSolve(self, Problem(HostMatrix(P), q, HostMatrix(A), b, l, u))
+        q, b, l, u = (z if finite else np.zeros_like(z) for z in (q, b, l, u))
         with np.errstate(all="ignore"):
+            scaling = _scaling(self.cones, P, A)
+            P, A = _scaled(P, A, scaling)
+            lane_solve = _LaneSolve(self, _scaled_problem(P, q, A, b, l, u, scaling), scaling)
             reason = self._fault(finite, P, l, u)
             best, status, iterations = lane_solve.run(warm) if reason is None else lane_solve.refuse(reason)
             linearization = lane_solve.linearize(best.v)
-            factor, regular = None, (True, True)
+            regular = True, True
             if is_usable(status[0]):
-                factor, regular = self._differentiate(P, A, linearization, best.factor)
+                regular = self._regularity(P, A, linearization, best.factor)
         scalars = [best.residual[0], iterations[0], *regular, status[0]]
         scalars = [np.array(z, float) for z in scalars]
-        return [best.x[0], best.v[0], *scalars, *(z[0] for z in flatten(linearization))], factor
+        return [best.x[0], best.v[0], *scalars, *(z[0] for z in (*scaling, *flatten(linearization)))]
 
     def _fault(self, finite: bool, P: Any, l: np.ndarray, u: np.ndarray) -> Status | None:
         """Why there is nothing to solve."""
         if not finite:
             return Status.NON_FINITE
-        if (l - u > self.eps * (1 + abs(u))).any():
+        if ((l > u) | (l >= INFINITE) | (u <= -INFINITE)).any():
             return Status.PRIMAL_INFEASIBLE
         return None if is_convex(P) else Status.NON_CONVEX
 
-    def _differentiate(
-        self, P: Any, A: Any, linearization: Linearization, factor: Any
-    ) -> tuple[SparseFactor, tuple[bool, bool]]:
-        """The factor for the derivative, `factor` of Newton's last step if it fits, and the regularity."""
-        if factor is None or not _same(factor.linearization, linearization):
+    def _regularity(self, P: Any, A: Any, linearization: Linearization, factor: Any) -> tuple[bool, bool]:
+        """Whether x and y are locally unique; with `factor`, of Newton's last step, if it is as for that."""
+        if factor is None or factor.e != REGULARIZATION or not _same(factor.linearization, linearization):
             factor = derivative_factor(self.cones, P, A, linearization, False)
-        regular = factor.regularity()
-        if not all(regular):
-            factor = derivative_factor(self.cones, P, A, linearization, True)
-        return factor, regular
+        return factor.regularity()
 
 
 class _LaneSolve(NamedTuple):
-    """The solve of one problem; its arrays have a batch axis of length 1."""
+    """The solve of one equilibrated problem; its arrays have a batch axis of length 1."""
 
     settings: SparseSolve
     problem: Problem
+    scaling: Scaling
 
     @property
     def nothing(self) -> Point:
@@ -192,12 +186,14 @@ class _LaneSolve(NamedTuple):
 
     def run(self, warm: Sequence[np.ndarray]) -> Progress:
         """Refine the warm start if any, then the answer of each solver, until there is a solution."""
-        settings, problem = self
+        settings, problem, (D, E, c) = self
         _, accept, _ = tolerances(HOST, settings.eps, problem.q)
         best = self.nothing
         status, steps = np.full(1, RUNNING), 0
         if warm and all(np.isfinite(z).all() for z in warm):
-            best, steps = self.refine(best, (warm[0], warm[1] - warm[2]), settings.solvers[0].refine)
+            x, s, y = warm
+            start = x / D, s * E - y * c / E
+            best, steps = self.refine(best, start, settings.solvers[0].refine)
         for solver in settings.solvers:
             if best.residual[0] <= accept or status[0] != RUNNING:
                 break
@@ -214,7 +210,7 @@ class _LaneSolve(NamedTuple):
         """(x, v) and the certifying directions from a library."""
         cones, (P, q, A, b, l, u) = self.settings.cones, self.problem
         program = _program(cones, P.matrix, q[0], A.matrix, b[0], l[0], u[0])
-        answer = solver._solve(program, self.settings.memo.made[solver])
+        answer = solver._solve(program, self.settings.memo[solver])
         x, y, dx, dy = (z[None] for z in answer)
         slack = project(HOST, cones, self.problem.bounds, b - x @ A.mT)
         return (x, slack - y), Direction(dx, dy)
@@ -223,21 +219,22 @@ class _LaneSolve(NamedTuple):
         return linearize(HOST, self.settings.cones, self.problem.bounds, v)
 
     def refine(self, best: Point, start: tuple[np.ndarray, np.ndarray], steps: int) -> tuple[Point, int]:
-        """The better of `best` and of the Newton iterates from `start`, as `newton.refine`; and the steps."""
+        """The better of `best` and of the Newton iterates from `start`, as `refinement.refine`; the steps."""
         settings, (P, _, A, *_) = self.settings, self.problem
         target, *_ = tolerances(HOST, settings.eps, self.problem.q)
-        unscaled = Scaling(*(np.ones((1, k)) for k in (settings.n, settings.m, 1)))
-        relative_to = units(HOST, self.problem, unscaled)
+        relative_to = units(HOST, self.problem, self.scaling)
         factor: Any = None
-        x, v = start
-        for count in range(steps + 1):
+        count, last, (x, v) = 0, 0.0, start
+        while True:
             F, error, is_resolved, linearization = evaluate(
                 HOST, settings.cones, self.problem, relative_to, x, v
             )
             if is_resolved[0] and error[0] < best.residual[0]:
                 best = Point(x, v, error, factor)
-            if best.residual[0] <= target or count == steps or not np.isfinite(error[0]):
+            ended = count >= steps and error[0] >= 0.1 * last
+            if best.residual[0] <= target or ended or not np.isfinite(error[0]):
                 return best, count
+            count, last = count + 1, error[0]
             e = min(max(0.01 * error[0], REGULARIZATION), 0.01)
             # Where the active rows stay, so does the matrix.
             if factor is None or factor.e > e or not _same(factor.linearization, linearization):
@@ -245,7 +242,47 @@ class _LaneSolve(NamedTuple):
             dx, dy = (-z for z in factor.solve(F[0][0], F[1][0]))
             ds = -F[1][0] - A.matrix @ dx
             x, v = x + dx, v + (ds - dy)
-        return best, steps
+
+
+def _scaling(cones: Cones, P: Any, A: Any) -> Scaling:
+    """The scaling of `.scaling`, but for beta, in powers of two, with which nothing is rounded.
+
+    c is that of P alone: as x and y grow with q, small multipliers would be less than errors of the slack.
+    """
+    m, n = A.shape
+    K = sp.block_array([[P, A.T], [A, None]], format="coo")
+    log = np.log2(equilibrate(K.data, K.row, K.col, n + m, passes=5))
+    start = n + m - cones.rows
+    for size in cone_sizes(cones):
+        log[start : start + size] = log[start : start + size].mean()
+        start += size
+    D, E = np.exp2(np.round(log[None, :n])), np.exp2(np.round(log[None, n:]))
+    size = abs(sp.diags_array(D[0]) @ P @ sp.diags_array(D[0])).max(axis=0).sum() / n or 1.0
+    return Scaling(D, E, np.exp2(-np.round(np.log2([[size]]))))
+
+
+def _scaled(P: Any, A: Any, scaling: Scaling) -> tuple[Any, Any]:
+    """c D P D and E A D."""
+    D, E, c = (z[0] for z in scaling)
+    D = sp.diags_array(D)
+    return c * (D @ P @ D), sp.diags_array(E) @ A @ D
+
+
+def _scaled_problem(P: Any, q, A: Any, b, l, u, scaling: Scaling) -> Problem:
+    """The problem with the scaled matrices P and A, and vectors yet to be scaled."""
+    D, E, c = scaling
+    k = l.shape[1]
+    # As `Host` sees them: scaled, they might be below.
+    l, u = np.where(b[:, :k] - l < INFINITE, l, -np.inf), np.where(u - b[:, :k] < INFINITE, u, np.inf)
+    return Problem(HostMatrix(P), c * D * q, HostMatrix(A), E * b, E[:, :k] * l, E[:, :k] * u)
+
+
+def check_triangles(rows: np.ndarray, columns: np.ndarray) -> None:
+    """Raise for the places of a P of which only one triangle was given."""
+    if (rows < columns).any() != (rows > columns).any():
+        raise ValueError(
+            "P has entries on one side of the diagonal only; give both triangles, P + P' - diag(P)"
+        )
 
 
 def _same(a: Linearization, b: Linearization) -> bool:

@@ -55,6 +55,11 @@ def _entries(matrix: Any, like: Tensor) -> sparse.Entries:
     if matrix.layout == torch.strided:
         rows, columns = (ops.constant(i.ravel(), like) for i in np.indices(tuple(matrix.shape)))
         return sparse.Entries(matrix.reshape(-1), rows, columns)
+    if matrix.layout in (torch.sparse_coo, torch.sparse_csr) and matrix.dense_dim():
+        raise ValueError(
+            f"both axes of a sparse tensor must be sparse, got {matrix.dense_dim()} dense; "
+            "give matrix.to_dense().to_sparse()"
+        )
     if matrix.layout == torch.sparse_coo:
         matrix = matrix.coalesce()
         return sparse.Entries(matrix.values(), *matrix.indices())

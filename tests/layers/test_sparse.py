@@ -1,6 +1,7 @@
 """Sparse P and A: against the dense path and finite differences, entry forms, statuses, large ones."""
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import get_ident
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import scipy.sparse as sp
 
 from checks import assert_close
 from optlayers.cones import Cones
+from optlayers.linalg import sparse as linalg
 from optlayers.solvers.host import Clarabel
 from optlayers.solvers.sparse import SparseSolve
 from optlayers.status import Status
@@ -275,6 +277,16 @@ def test_redundant_rows_give_the_least_norm_derivative(frontend, rng):
     assert bool(solution.regularity.x) and not bool(solution.regularity.y)
 
 
+@pytest.mark.parametrize("a", [1.0, 128.0])
+def test_redundant_rows_that_move_together(frontend, rng, a):
+    """Equations of t of which one is a multiple of the other: scaled they are equal, and so are dy / dt."""
+    rows, d = sp.coo_array(np.array([[1.0, 1.0], [a, a]])), np.array([1.0, a])
+    program = Sparse(sp.eye_array(2).tocoo(), np.array([1.0, 0.3]), rows, d, d)
+    cotangents = [np.zeros(2), np.zeros(2), rng.standard_normal(2)]
+    _, gradients = frontend.differentiable(solver_of(frontend, program))(program.values, cotangents)
+    assert_close((gradients[3] + gradients[4]) @ d, cotangents[2] @ (-0.25 / d), 1e-7)
+
+
 def test_outcomes(frontend):
     solve_qp, eye = frontend.module.solve_qp, sp.eye_array(2)
     q = frontend.array(np.array([[1.0, 1.0], [np.nan, 1.0]]))
@@ -298,7 +310,9 @@ def test_outcomes(frontend):
         solve_qp(eye, q, eye, -ones, ones)
 
 
-@pytest.mark.parametrize("P", [np.diag([1.0, -0.5, 2.0]), np.array([[1.0, 2, 0], [2, 1, 0], [0, 0, 0]])])
+@pytest.mark.parametrize(
+    "P", [np.diag([1.0, -0.5, 2.0]), np.diag([1e6, -0.5, 0]), np.array([[1.0, 2, 0], [2, 1, 0], [0, 0, 0]])]
+)
 def test_not_convex(frontend, P):
     eye, ones = sp.eye_array(3), frontend.array(np.ones(3))
     for solver in (None, "OSQP"):
@@ -308,20 +322,70 @@ def test_not_convex(frontend, P):
         assert frontend.numpy(solution.status) == Status.NON_CONVEX.code
 
 
+@pytest.mark.parametrize("l, u", [(1.0, 1 - 1e-12), (np.inf, np.inf), (-np.inf, -np.inf), (np.inf, -np.inf)])
+def test_bounds_that_no_point_is_between(frontend, l, u):
+    eye, bounds = sp.eye_array(2), (frontend.array(np.array([z, 0.0])) for z in (l, u))
+    q = frontend.array(np.ones(2))
+    solution = frontend.module.solve_qp(eye, q, eye, *bounds, eps=1e-3, on_failure="mask")
+    assert frontend.numpy(solution.status) == Status.PRIMAL_INFEASIBLE.code
+
+
 def test_failed_problems_have_no_derivative(frontend, rng):
     eye = sp.eye_array(2)
 
     def solve(q, l):
-        return (frontend.module.solve_qp(eye, q, eye, l, 0 * l, on_failure="mask", order=1).x,)
+        return tuple(frontend.module.solve_qp(eye, q, eye, l, 0 * l + 0.5, on_failure="mask", order=1)[:3])
 
     values = [rng.standard_normal((2, 2)), np.array([[-1.0, -1.0], [1.0, -1.0]])]
-    _, gradients = frontend.differentiable(solve)(values, [np.ones((2, 2))])
+    _, gradients = frontend.differentiable(solve)(values, rng.standard_normal((3, 2, 2)))
     assert np.isfinite(gradients[0]).all() and not gradients[0][1].any() and not gradients[1][1].any()
+
+
+def test_nan_in_a_vector_does_not_reach_shared_matrices(frontend, rng):
+    program = random_sparse(rng, 12, 8)._replace(l=-np.ones(8), u=np.ones(8))
+    gradient = frontend.differentiable(solver_of(frontend, program, on_failure="mask"))
+    vectors, cotangents = (1, 3, 4), [rng.standard_normal(k) for k in (12, 8, 8)]
+    _, expected = gradient(program.values, cotangents)
+    together = [np.stack([v, v]) if i in vectors else v for i, v in enumerate(program.values)]
+    for i in vectors:
+        values = [v.copy() for v in together]
+        values[i][1] = np.nan
+        _, gradients = gradient(values, [np.stack([c, c]) for c in cotangents])
+        for k in (0, 2):
+            assert_close(gradients[k], expected[k], 1e-10)
+
+
+def test_ignored_failures_are_differentiated_like_solutions(frontend):
+    eye, one = sp.eye_array(2), frontend.array(np.ones(2))
+    hasty = {"solver": Clarabel(max_iter=1, refine=0), "order": 1}
+    for policy, expected in (("mask", 0.0), ("ignore", -1.0)):
+        options = {**hasty, "on_failure": policy}
+        solve = lambda q, options=options: (frontend.module.solve_qp(eye, q, eye, -one, one, **options).x,)
+        values = [np.array([[-0.3, 0.5], [np.nan, 0.5]])]
+        _, (gradient,) = frontend.differentiable(solve)(values, [np.ones((2, 2))])
+        assert_close(gradient, np.array([[expected, expected], [0.0, 0.0]]), 1e-7)
 
 
 class NeverCalled(Clarabel):
     def _solve(self, program, made=None):
         raise AssertionError("the solver was called")
+
+
+def test_units_do_not_matter(frontend):
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        program = random_sparse(rng, 12, 8, equal=2)
+        x = frontend.numpy(solver_of(frontend, program)(*map(frontend.array, program.values))[0])
+        rows, columns = (10 ** rng.uniform(-d, d, k) for d, k in ((6, 8), (3, 12)))
+        P, A = (
+            sp.diags_array(left) @ M @ sp.diags_array(columns)
+            for left, M in ((columns, program.P), (rows, program.A))
+        )
+        vectors = (columns * program.q, rows * program.l, rows * program.u)
+        q, l, u = map(frontend.array, vectors)
+        solution = frontend.module.solve_qp(P, q, A, l, u, on_failure="mask")
+        assert frontend.numpy(solution.status) == Status.SOLVED.code
+        assert_close(columns * frontend.numpy(solution.x), x, 1e-7)
 
 
 def test_warm_start_spares_the_solver(frontend, rng):
@@ -363,6 +427,49 @@ def test_results_do_not_depend_on_earlier_ones(rng, monkeypatch):
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(concurrently, range(40)))
+
+
+def test_derivatives_do_not_depend_on_earlier_calls(rng):
+    """Not either where few Newton steps were enough, whose factors have more regularisation."""
+    P, q, A, l, u = random_sparse(rng, 20, 12)
+    entries = P.data, P.row, P.col, A.data, A.row, A.col
+    data = [x[None] for x in (*entries, q, 0 * l, -u, -l)]
+    solve = SparseSolve(12, 20, Cones(), (Clarabel(),), 1e-3)
+    x, v, *_, D, E, c, _, _ = solve.solve(*data)
+    s = np.clip(v, -E * u, -E * l)
+    start = D * x + 1e-3 * rng.standard_normal(x.shape), s / E, (s - v) * E / c
+    _, _, _, steps, x_unique, y_unique, _, *rest = solve.solve(*data, *start)
+    assert steps == 1
+    frozen = *data[:6], x_unique, y_unique, np.ones(1), *rest
+    r = rng.standard_normal((1, 32))
+    expected = SparseSolve(12, 20, Cones(), (Clarabel(),), 1e-3).invert(r, *frozen)
+    np.testing.assert_array_equal(solve.invert(r, *frozen), expected)
+
+
+def test_factorisations_are_freed_in_the_thread_that_made_them(frontend, rng, monkeypatch):
+    """In another one SciPy would not give their memory back."""
+    freed, count = [], []
+
+    class Tracked:
+        def __init__(self, lu):
+            self.lu, self.U, self.perm_r, self.perm_c = lu, lu.U, lu.perm_r, lu.perm_c
+            self.thread = get_ident()
+            count.append(1)
+
+        def solve(self, r):
+            return self.lu.solve(r)
+
+        def __del__(self):
+            freed.append(get_ident() == self.thread)
+
+    splu = linalg.splu
+    monkeypatch.setattr(linalg, "splu", lambda *args, **options: Tracked(splu(*args, **options)))
+    program = random_sparse(rng, 20, 12)
+    q = program.q + 0.3 * rng.standard_normal((3, 20))
+    P, _, A, l, u = program.values
+    cotangents = [np.ones((3, k)) for k in (20, 12, 12)]
+    frontend.differentiable(solver_of(frontend, program))([P, q, A, l, u], cotangents)
+    assert len(freed) == len(count) > 0 and all(freed)
 
 
 @pytest.mark.parametrize("far", [1e12, 1e20, 1e30])
@@ -409,11 +516,12 @@ def test_errors_say_what_to_do(frontend, rng):
         solve_qp(sp.eye_array(2), q)
     with pytest.raises(ValueError, match=r"A must have shape \('m', 3\)"):
         solve_qp(eye, q, sp.eye_array(2), None, None)
-    with pytest.raises(ValueError, match=r"l must have shape"):
-        solve_qp(eye, q, eye, q[:2], q[:2])
+    for bounds in ((q[:2], q), (q[:2], q[:2])):
+        with pytest.raises(ValueError, match=r"l must have shape \(..., 3\)"):
+            solve_qp(eye, q, eye, *bounds)
     with pytest.raises(ValueError, match="Clarabel, OSQP or SCS"):
         solve_qp(eye, q, solver="ADMM")
-    with pytest.raises(ValueError, match="gradient='exact' only"):
+    with pytest.raises(ValueError, match="gradient must be 'exact'"):
         solve_qp(eye, q, gradient="lpgd")
     with pytest.raises(ValueError, match="the cones have 2 rows"):
         frontend.module.solve_conic(eye, q, eye, q, Cones(nonneg=2))
@@ -421,12 +529,24 @@ def test_errors_say_what_to_do(frontend, rng):
         frontend.module.solve_conic(eye, q, eye, q, Cones(soc=(3,)), solver="OSQP")
 
 
-def test_one_triangle_of_P_is_refused(rng):
-    torch = pytest.importorskip("torch")
-    from optlayers.torch import solve_qp
+def test_one_triangle_of_P_is_refused(frontend, rng):
+    triangle, q = sp.coo_array(np.triu(np.ones((3, 3)))), frontend.array(np.ones(3))
+    for P in (triangle, sparse_matrix(frontend, frontend.array(triangle.data), triangle)):
+        with pytest.raises(ValueError, match="both triangles"):
+            frontend.module.solve_qp(P, q)
 
-    with pytest.raises(ValueError, match="both triangles"):
-        solve_qp(sp.coo_array(np.triu(np.ones((3, 3)))), torch.ones(3))
+
+def test_places_that_make_no_matrix(frontend, rng):
+    q = frontend.array(np.ones(2))
+    if frontend.name == "torch":
+        torch = frontend.framework
+        P, message = torch.sparse_coo_tensor([[0, 1]], torch.eye(2), (2, 2)), "must be sparse, got 1 dense"
+    else:
+        like = sp.coo_array(([1.0, 1.0], ([0, 1], [0, 1])), shape=(2, 2))
+        P, message = sparse_matrix(frontend, q, like), "must not be negative, got -1"
+        P.indices = P.indices - 1
+    with pytest.raises(ValueError, match=message):
+        frontend.module.solve_qp(P, q)
 
 
 def test_gradients_of_torch_tensors_keep_their_layout(rng):
