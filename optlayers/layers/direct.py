@@ -111,6 +111,9 @@ def _prepare(ops: Ops, names: Sequence[str], data: Sequence[Array | None], axes:
     Raises:
         ValueError: shapes that do not fit together, naming the argument.
     """
+    without_A = [name for name, x in zip(names, data, strict=True) if x is not None and name in "blu"]
+    if "A" in names and data[names.index("A")] is None and without_A:
+        raise ValueError(f"{without_A[0]} is given, but A is None; to bound x itself let A be the identity")
     sizes: dict[str, int] = {}
     lead: tuple[int, ...] = ()
     for name, x, own in zip(names, data, axes, strict=True):

@@ -71,7 +71,9 @@ def test_mixed_devices(family, values):
 
     tensors = [torch.tensor(v) for v in values]
     tensors[2] = tensors[2].to("meta")
-    with pytest.raises(ValueError, match=r"parameter A \(6, 4\) is on meta, but P \(4, 4\) is on cpu"):
+    with pytest.raises(
+        ValueError, match=r"parameter A \(6, 4\) is on meta, but parameter P \(4, 4\) is on cpu"
+    ):
         CvxpyLayer(family.problem, family.parameters, family.variables)(*tensors)
 
 

@@ -1,0 +1,82 @@
+"""Programs given as matrices: the types of their arguments, and misuse that ValueError names."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from checks import assert_close
+from frontends import FRONTENDS
+
+
+@pytest.fixture
+def torch_frontend():
+    pytest.importorskip("torch")
+    return FRONTENDS["torch"]()
+
+
+# min |x|^2 + q'x over the box [-1, 1] is solved by -q / 2.
+Q = np.array([-1, 1])
+
+
+def box(frontend, q, P=None, A=None, **options):
+    eye, one = frontend.array(np.eye(2)), frontend.array(np.ones(2))
+    P, A = (eye * 2 if P is None else P), (eye if A is None else A)
+    return frontend.module.solve_qp(P, q, A, -one, one, **options)
+
+
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_integers_among_the_arguments(frontend, is_sparse):
+    """The solution is not one in integers, nor of the narrower of two types."""
+    matrices = {"P": sp.eye_array(2) * 2, "A": sp.eye_array(2)} if is_sparse else {}
+    x = box(frontend, frontend.xp.asarray(Q), **matrices).x
+    assert_close(frontend.numpy(x), -Q / 2, 1e-8)
+    with frontend.mixing_types():
+        assert frontend.dtype(box(frontend, frontend.array(Q, "float32"), **matrices).x) == "float64"
+
+
+def test_integers_leave_gradients_of_the_others(torch_frontend):
+    torch = torch_frontend.framework
+    P = torch.eye(2, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(box(torch_frontend, torch.tensor(Q), P=2 * P).x[0], P)
+    assert_close(gradient.numpy(), np.array([[-0.5, 0.25], [0.25, 0.0]]), 1e-8)
+
+
+def test_only_integers(torch_frontend):
+    torch = torch_frontend.framework
+    x = torch_frontend.module.solve_qp(2 * torch.eye(2, dtype=torch.int64), torch.tensor(Q)).x
+    assert x.dtype == torch.get_default_dtype()
+    assert_close(x.double().numpy(), -Q / 2, 1e-6)
+
+
+def test_complex_arguments(frontend):
+    with pytest.raises(ValueError, match="q is real, got a complex"):
+        box(frontend, frontend.array(Q + 1j, "float64"))
+
+
+def test_values_that_are_no_tensors(torch_frontend):
+    eye = torch_frontend.array(np.eye(2))
+    solve = torch_frontend.module.solve_qp
+    for q, l, message in [(Q * 1.0, None, "q must .*, got ndarray"), (eye[0], -1.0, "l must .*, got float")]:
+        for P in (eye, sp.eye_array(2)):
+            with pytest.raises(ValueError, match=message):
+                solve(P, q, eye, l)
+    with pytest.raises(ValueError, match="P must be a torch tensor, got ndarray"):
+        solve(np.eye(2), eye[0])
+    with pytest.raises(ValueError, match="q must be a torch tensor, got NoneType"):
+        solve(eye, None)
+
+
+def test_different_devices(torch_frontend):
+    q = torch_frontend.array(Q, "float64").to("meta")
+    with pytest.raises(ValueError, match="q is on meta, but P is on cpu"):
+        box(torch_frontend, q)
+
+
+def test_bounds_without_rows(frontend):
+    """They would bound nothing."""
+    eye, q = frontend.array(np.eye(2)), frontend.array(np.ones(2))
+    with pytest.raises(ValueError, match="l is given, but A is None"):
+        frontend.module.solve_qp(eye, q, None, q, q)
+    with pytest.raises(ValueError, match="b is given, but A is None"):
+        frontend.module.solve_conic(eye, q, None, q, frontend.module.Cones(nonneg=2))
