@@ -5,6 +5,7 @@ The docstring of `CvxpyProgram` is that of the layers; each frontend adds its ex
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -322,10 +323,12 @@ class CvxpyProgram:
         batched = tuple(value.ndim == 2 for value in flat)
         bounds = (ops.constant(bound, ops.widest(like)) for bound in self.bounds())
         P, q, A, b = self.splits(batched)
+        is_batched = any(split.batched for split in (P, q, A, b))
         if chosen is not None and self.elimination is not None and self.elimination.shifts is not None:
             P = A = None
-        data = assemble(ops, self.solved, (P, q, A, b), flat, ops.widest(like))
-        data = Problem(*data, *bounds)
+        data = Problem(*assemble(ops, self.solved, (P, q, A, b), flat, ops.widest(like)), *bounds)
+        if lead and not is_batched:  # as by a constant of the objective alone
+            data = data._replace(q=ops.broadcast_to(data.q, (math.prod(lead), data.q.shape[-1])))
         warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
         if self.ranges is not None and warm:
             warm[1:] = self.ranges.merge(ops, *warm[1:])
