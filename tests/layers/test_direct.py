@@ -6,6 +6,7 @@ import scipy.sparse as sp
 
 from checks import assert_close
 from frontends import FRONTENDS
+from optlayers.status import Status
 
 
 @pytest.fixture
@@ -80,3 +81,39 @@ def test_bounds_without_rows(frontend):
         frontend.module.solve_qp(eye, q, None, q, q)
     with pytest.raises(ValueError, match="b is given, but A is None"):
         frontend.module.solve_conic(eye, q, None, q, frontend.module.Cones(nonneg=2))
+
+
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("gradient", ["exact", "smoothed"])
+def test_bounds_that_no_point_is_within_do_not_touch_the_others(frontend, gradient):
+    """min |x|^2 + q'x with l <= A x, of which one l is +inf: A, which the batch shares, has the gradient of
+    the others."""
+    module, eye = frontend.module, frontend.array(np.eye(2))
+
+    def solve(A, q, l):
+        return module.solve_qp(eye, q, A, l, on_failure="mask", gradient=gradient)
+
+    differentiable = frontend.differentiable(lambda *data: (solve(*data).x,))
+    A, q, l = np.array([[1.0, 0.5], [0.2, 1.0]]), np.ones((3, 2)), np.full((3, 2), -0.3)
+    bad = l.copy()
+    bad[1, 0] = np.inf
+    status = frontend.numpy(solve(*map(frontend.array, (A, q, bad))).status)
+    assert status.tolist() == [Status.SOLVED.code, Status.PRIMAL_INFEASIBLE.code, Status.SOLVED.code]
+    weights = np.array([[1.0, 2.0], [0.0, 0.0], [3.0, -1.0]])
+    (x,), gradients = differentiable([A, q, bad], [weights])
+    (expected,), exact = differentiable([A, q, l], [weights])
+    assert_close(x[[0, 2]], expected[[0, 2]], 1e-12)
+    assert abs(exact[0]).max() > 0.1
+    for actual, other in zip(gradients, exact, strict=True):
+        assert_close(actual, other, 1e-8)
+
+
+def test_smoothed_second_derivatives_beside_a_failed_problem(torch_frontend):
+    torch, eye = torch_frontend.framework, torch_frontend.array(np.eye(2))
+    l, q = torch_frontend.array([[-1.0, -1.0], [5.0, -1.0]]), 3 * torch_frontend.array(np.ones((2, 2)))
+    P, one = eye.clone().requires_grad_(), torch.ones_like(q)
+    options = {"on_failure": "mask", "gradient": "smoothed"}
+    x = torch_frontend.module.solve_qp(P, q, eye * 0.5, l, one, **options).x
+    (first,) = torch.autograd.grad(x[0].sum(), P, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), P)
+    assert first.isfinite().all() and second.isfinite().all() and second.abs().max() > 1e-6
