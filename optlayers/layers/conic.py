@@ -329,6 +329,8 @@ def conic_layer(
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {sorted(GRADIENTS)} or a record, got {gradient!r}")
         gradient = GRADIENTS[gradient]
+    elif not isinstance(gradient, (Smoothed, LPGD)):
+        raise ValueError(f"gradient must be a record such as Smoothed(), got {gradient!r}")
     solve = ConicSolve(cones, linear, convex, solvers, eps, on_failure == "raise")
     return ConicLayer(solve, order, on_failure, gradient)
 

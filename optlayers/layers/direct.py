@@ -95,6 +95,8 @@ def solve_cone(
 
 def curved_part(cones: Cones) -> Cones:
     """The cones without their polyhedral rows, which the solver takes as bounds."""
+    if not isinstance(cones, Cones):
+        raise ValueError(f"cones must be Cones(...), got {cones!r}")
     return replace(cones, zero=0, nonneg=0)
 
 

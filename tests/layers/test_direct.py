@@ -6,6 +6,7 @@ import scipy.sparse as sp
 
 from checks import assert_close
 from frontends import FRONTENDS
+from optlayers.cones import Cones
 from optlayers.status import Status
 
 
@@ -117,3 +118,51 @@ def test_smoothed_second_derivatives_beside_a_failed_problem(torch_frontend):
     (first,) = torch.autograd.grad(x[0].sum(), P, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), P)
     assert first.isfinite().all() and second.isfinite().all() and second.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    "cones",
+    [
+        *(
+            {"nonneg": -1},
+            {"zero": 1.0},
+            {"exp": (1,)},
+            {"soc": 3},
+            {"soc": (0,)},
+            {"psd": (0,)},
+            {"soc": "3"},
+        ),
+        *({"pow": (w,)} for w in ((0.5, 0.6), (-0.5, 1.5), (0.0, 1.0), (np.nan, 0.5), (), 1.0, "ab")),
+    ],
+    ids=str,
+)
+def test_cones_that_are_none(cones):
+    with pytest.raises(ValueError, match=f"{[*cones][0]} must be a"):
+        Cones(**cones)
+
+
+def test_cones_given_as_lists_of_numpy_numbers():
+    cones = Cones(np.int64(1), soc=[np.int64(3)], psd=np.array([2, 2]), pow=[np.array([0.25, 0.75])])
+    assert cones == Cones(1, soc=(3,), psd=(2, 2), pow=((0.25, 0.75),)) and hash(cones)
+
+
+def test_something_else_for_cones(frontend):
+    eye = frontend.array(np.eye(2))
+    for A in (eye, sp.eye_array(2)):
+        with pytest.raises(ValueError, match=r"cones must be Cones\(...\), got \{'soc'"):
+            frontend.module.solve_conic(eye, eye[0], A, eye[0], {"soc": [2]})
+
+
+def test_settings_out_of_their_range(frontend):
+    module, eye = frontend.module, frontend.array(np.eye(2))
+    records = [(module.Smoothed, "mu", (0.0, -1.0, np.nan, np.inf)), (module.LPGD, "tau", (0.0, np.nan))]
+    for record, name, values in [*records, (module.ADMM, "rho", (0.0, -1.0, np.nan))]:
+        for value in values:
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                record(**{name: value})
+    with pytest.raises(ValueError, match="gradient must be a record"):
+        module.solve_qp(eye, eye[0], gradient=module.LPGD)
+    for P in (eye, sp.eye_array(2)):
+        for eps in (0.0, -1.0, np.nan):
+            with pytest.raises(ValueError, match="eps must be positive"):
+                module.solve_qp(P, eye[0], eps=eps)
