@@ -16,6 +16,7 @@ On a kink of the projection D is the smallest of its choices: the constraint cou
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +140,11 @@ class Cones:
         put("width", max([0, *(group.variables for group in self.groups)]))
         put("_owners", {})
         put("layout", _layout(self))
+
+    @property
+    def highest_order(self) -> float:
+        """Of the derivatives of a solution: of a Taylor polynomial, or of the projection itself."""
+        return 2 if self.psd or self.exp or self.pow else math.inf
 
     def owners(self, m: int) -> np.ndarray:
         """For each of m rows which variable in a group is the first of its group, the second, ... (w, m).

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from ..cones import Cones
@@ -234,6 +235,20 @@ def _replace_non_finite(ops: Ops, problem: Problem) -> tuple[Problem, Array, Arr
 FAILURE_POLICIES = ("raise", "nan", "mask", "ignore")
 
 
+def check_choices(cones: Cones, order: int, on_failure: str) -> None:
+    """
+    Raises:
+        ValueError: an order that derivatives beside the cones do not have, or a policy that is none.
+    """
+    if not (isinstance(order, Integral) and 1 <= order <= cones.highest_order):
+        raise ValueError(
+            "order must be a whole number from 1 on, and at most 2 beside semidefinite, exponential and "
+            f"power cones, got {order!r}"
+        )
+    if on_failure not in FAILURE_POLICIES:
+        raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {on_failure!r}")
+
+
 @dataclass(frozen=True)
 class ConicLayer:
     """A solver with its derivative and its policy for problems without solution.
@@ -253,8 +268,7 @@ class ConicLayer:
     def __post_init__(self):
         if isinstance(self.gradient, Smoothed) and self.solve.cones.rows:
             raise ValueError("gradient='smoothed' needs linear constraints; use 'exact' or 'lpgd' on cones")
-        if self.on_failure not in FAILURE_POLICIES:
-            raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {self.on_failure!r}")
+        check_choices(self.solve.cones, self.order, self.on_failure)
 
     def __call__(self, ops: Ops, data: Problem, *warm: Array) -> ConicSolution:
         """The solution, batched, for data and an earlier (x, s, y) each with one batch axis or none."""

@@ -54,7 +54,8 @@ def derived(
         F = ops.concat([F1, E * (matvec(rows, x) + s - b)], -1)
         return ops.where(is_derived, F, 0.0)
 
-    return unscale(attach(ops, residual, inverse, ops.concat([x, v], -1), order))
+    root = ops.concat([x, v], -1)
+    return unscale(attach(ops, residual, inverse, root, order, cones.highest_order))
 
 
 def adjoint(

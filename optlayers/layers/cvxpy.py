@@ -214,7 +214,8 @@ class CvxpyProgram:
         canon_backend: CVXPY's canonicalisation backend.
         solver_args: settings of the solver: `eps`, the relative residual of a solution, `max_iter`, and the
             fields of the solver's record; for a host solver also the options of its library.
-        order: highest derivative order; beyond it NotImplementedError is raised.
+        order: highest derivative order, from 1 on, and at most 2 beside semidefinite, exponential and power
+            cones; beyond it NotImplementedError is raised.
         on_failure: what becomes of problems without solution, or with data that are not finite or not of the
             sign that a parameter was declared to have. "raise": SolveError names them; "nan": their
             outputs are NaN; "mask": the last iterate, with zero gradient; "ignore": the last iterate.

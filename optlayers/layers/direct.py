@@ -30,7 +30,8 @@ def solve_box(
         l, u: (..., m); None for infinite. Entries beyond 1e20 count as infinite, l = u is an equality.
         solver: None or "auto" chooses; or a record such as `ADMM(...)`, or a name such as "CLARABEL".
         eps: relative residual of a solution.
-        order: highest derivative order; beyond it NotImplementedError is raised.
+        order: highest derivative order, from 1 on, and at most 2 beside semidefinite, exponential and power
+            cones; beyond it NotImplementedError is raised.
         on_failure: "raise", "nan", "mask" or "ignore"; see `CvxpyLayer`.
         rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` was not given.
         gradient: "exact"; or, where that is zero or jumps as for linear programs, "smoothed" (`Smoothed(mu)`)

@@ -166,3 +166,32 @@ def test_settings_out_of_their_range(frontend):
         for eps in (0.0, -1.0, np.nan):
             with pytest.raises(ValueError, match="eps must be positive"):
                 module.solve_qp(P, eye[0], eps=eps)
+
+
+def third_derivative(torch_frontend, cones, order):
+    """d^3 x_0 / dt^3 of the projection x of (0.1, t, 1) onto the cone, for t = 0.3."""
+    torch, eye = torch_frontend.framework, torch_frontend.array(np.eye(3))
+    t = torch_frontend.array(0.3).requires_grad_()
+    q = -torch.stack([0 * t + 0.1, t, 0 * t + 1])
+    y = torch_frontend.module.solve_conic(eye, q, -eye, 0 * q, cones, order=order).x[0]
+    for _ in range(3):
+        (y,) = torch.autograd.grad(y, t, create_graph=True)
+    return y.item()
+
+
+def test_orders_of_derivatives(torch_frontend):
+    """Second-order cones have any; those of which derivatives are Taylor polynomials say that they end."""
+    exact = -1.5 * 0.3 / 1.09**2.5  # x_0 = (0.1 + sqrt(t^2 + 1)) / 2
+    assert_close(third_derivative(torch_frontend, Cones(soc=(3,)), 3), exact, 1e-8)
+    for cones in (Cones(psd=(2,)), Cones(exp=1), Cones(pow=((0.3, 0.7),))):
+        with pytest.raises(ValueError, match="at most 2 beside semidefinite, exponential and power"):
+            third_derivative(torch_frontend, cones, 3)
+        with pytest.raises(NotImplementedError, match="above 2 were asked for; this layer has none"):
+            third_derivative(torch_frontend, cones, 2)
+
+
+def test_orders_that_are_none(frontend):
+    eye = frontend.array(np.eye(2))
+    for order in (0, -1, 1.5, "2"):
+        with pytest.raises(ValueError, match="order must be a whole number from 1 on"):
+            frontend.module.solve_qp(eye, eye[0], order=order)
