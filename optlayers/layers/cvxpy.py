@@ -18,6 +18,7 @@ from ..linalg.kkt import Problem
 from ..linalg.sensitivity import Regularity
 from ..ops import Array, Ops
 from ..ops import numpy as host
+from ..solvers.host import INFINITE
 from ..status import batch_axes
 from .assembly import assemble, splits
 from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restore_array, restore_batch
@@ -55,6 +56,14 @@ def _is_convex(program: Program) -> bool:
     P.flat[program.P.positions] = program.P.constant
     shift = 1e-12 * max(abs(P).max(initial=0.0), np.finfo(float).tiny)
     return bool(np.linalg.eigvalsh(P).min(initial=0.0) >= -shift)
+
+
+def _without_far_bounds(program: Program) -> Program:
+    """The program with infinity for constant bounds that count as infinite."""
+    b, (zero, nonneg) = program.b, (program.cones.zero, program.cones.nonneg)
+    is_bound = (b.positions >= zero) & (b.positions < zero + nonneg)
+    constant = np.where(is_bound & (b.constant >= INFINITE), np.inf, b.constant)
+    return replace(program, b=replace(b, constant=constant))
 
 
 def _bounds(program: Program) -> tuple[np.ndarray, np.ndarray]:
@@ -235,6 +244,7 @@ class CvxpyProgram:
         start = time.perf_counter()
         self.parameters, self.variables = tuple(parameters), tuple(variables)
         program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
+        program = _without_far_bounds(program)
         is_exact = choices["gradient"] == "exact"  # other gradients are for whole matrices
         self.program = arranged(program, ranges(program)) if is_exact else program
         self.ranges = ranges(self.program)
