@@ -14,6 +14,7 @@ from ..layers.approximate import LPGD, Smoothed
 from ..layers.cvxpy import CvxpyProgram, Solution, faults, name
 from ..ops import torch as ops
 from ..ops.torch import host
+from ..ops.torch.context import outside
 from ..status import SolveError
 from .arguments import common
 from .compiled import CompiledProgram
@@ -128,7 +129,8 @@ class CvxpyLayer(torch.nn.Module):
                 return self._compiled.solve(plain, layer, whole, params, *(more or ((),)), like)
             return plain(params)
         except SolveError as error:
-            for fault in faults([value.numpy(force=True) for value in params], program.parameters):
+            find = lambda *values: [*faults([x.numpy(force=True) for x in values], program.parameters)]
+            for fault in outside(find, *params):
                 error.add_note(fault)
             raise
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from checks import assert_close
+from frontends import FRONTENDS
 from optlayers.status import SolveError, Status
 from problems import qp_shared
 
@@ -214,6 +215,23 @@ def test_single_infeasible_problem_has_no_index(frontend, interval):
     with pytest.raises(SolveError, match="infeasible") as error:
         call(frontend, interval, [POINT, LOW[1], HIGH])
     assert "batch index" not in str(error.value)
+
+
+def test_infeasible_problem_is_named_under_transforms_of_torch():
+    torch = pytest.importorskip("torch")
+    layer = interval_layer(FRONTENDS["torch"]())
+    point, low, high = (torch.tensor(value) for value in (POINT, LOW, HIGH))
+    low[0, 0] = np.nan
+    with pytest.raises(
+        SolveError, match=r"2 of 3 problems.*\n.*index \(0,\): the data.*\n.*\(1,\): infeas"
+    ) as error:
+        torch.func.vmap(lambda low: layer(point, low, high)[0])(low)
+    assert "contains NaN" in error.value.__notes__[0]
+    with pytest.raises(SolveError, match=r"batch index \(2, 0\): infeasible"):
+        torch.func.vmap(lambda point: layer(point, low[1:], high)[0])(point.expand(3, 3))
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(SolveError, match="1 of 1 problems"):
+            transform(lambda low: layer(point, low, high)[0].sum())(low[1])
 
 
 @pytest.mark.slow_to_compile
