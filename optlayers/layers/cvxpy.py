@@ -143,13 +143,15 @@ def name(parameter: Any) -> str:
 
 SPARSE_FROM, SPARSE_DENSITY = 1500, 0.02  # rows and columns, entries that are not zero
 LARGEST_FACTORED = 1000  # above it eigenvalues would take longer than a second
-SIGNS = {"nonneg": 1, "pos": 1, "nonpos": -1, "neg": -1}
+SIGNS = {"nonneg": 1, "pos": 1, "boolean": 1, "nonpos": -1, "neg": -1}
 SIGN_TOLERANCE = 1e-10  # CVXPY's own
 
 
 def _declared(parameter: Any) -> tuple[str, int] | None:
     """The attribute that tells the sign of a parameter, and the sign."""
-    return next(((key, sign) for key, sign in SIGNS.items() if parameter.attributes[key]), None)
+    # Else boolean may be a list of the entries that are.
+    is_set = lambda key: parameter.attributes[key] in (True,)
+    return next(((key, sign) for key, sign in SIGNS.items() if is_set(key)), None)
 
 
 def _of_declared_sign(ops: Ops, value: Array, parameter: Any) -> Array:
@@ -244,6 +246,8 @@ class CvxpyProgram:
         start = time.perf_counter()
         self.parameters, self.variables = tuple(parameters), tuple(variables)
         program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
+        if not self.variables:
+            raise ValueError("variables is empty; list those whose values the layer is to return")
         program = _without_far_bounds(program)
         is_exact = choices["gradient"] == "exact"  # other gradients are for whole matrices
         self.program = arranged(program, ranges(program)) if is_exact else program

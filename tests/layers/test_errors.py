@@ -94,7 +94,7 @@ def test_non_finite_value_is_named(frontend, layer, values, position, bad):
 
 
 @pytest.mark.slow_to_compile
-@pytest.mark.parametrize("attribute, sign", [("nonneg", 1), ("neg", -1)])
+@pytest.mark.parametrize("attribute, sign", [("nonneg", 1), ("neg", -1), ("boolean", 1)])
 def test_value_of_a_sign_that_was_excluded(frontend, attribute, sign):
     """The problem is convex for values of the declared sign only; the others of the batch are solved."""
     x, weight = cp.Variable(2), cp.Parameter(name="weight", **{attribute: True})
@@ -137,6 +137,11 @@ def test_parameter_that_is_not_listed(frontend, family):
 def test_variable_that_is_not_in_the_problem(frontend, family):
     with pytest.raises(ValueError, match=r"variables\[0\] \(stranger\) is not in the problem"):
         frontend.CvxpyLayer(family.problem, family.parameters, [cp.Variable(2, name="stranger")])
+
+
+def test_no_variables(frontend, family):
+    with pytest.raises(ValueError, match="variables is empty"):
+        frontend.CvxpyLayer(family.problem, family.parameters, [])
 
 
 def test_problem_that_is_not_dpp(frontend):
