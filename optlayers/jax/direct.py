@@ -113,4 +113,4 @@ def _arrays(**data: Any) -> tuple[list[Any], Array]:
 
 
 def _point(solution: ConicSolution | None) -> tuple[Array, ...]:
-    return () if solution is None else tuple(solution[:3])
+    return () if solution is None else (solution.x, solution.s, solution.y)

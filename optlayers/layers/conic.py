@@ -355,6 +355,21 @@ def flatten_batch(ops: Ops, value: Array, own: int) -> Array:
     return value if len(lead) < 2 else ops.reshape(value, (math.prod(lead), *value.shape[len(lead) :]))
 
 
+def flatten_warm(ops: Ops, warm: Sequence[Array], lead: tuple[int, ...], n: int, m: int) -> tuple[Array, ...]:
+    """An earlier (x, s, y), perhaps none, with all batch axes as one.
+
+    Raises:
+        ValueError: it is that of another problem or batch.
+    """
+    for name, z, size in zip("xsy", warm, (n, m, m), strict=False):
+        if tuple(z.shape) not in ((*lead, size), (size,)):
+            raise ValueError(
+                f"warm_start has {name} of shape {tuple(z.shape)}, expected {(*lead, size)}; "
+                "it is to be an earlier solution of the same problem for the same batch"
+            )
+    return tuple(ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm)
+
+
 def restore_batch(ops: Ops, solution: ConicSolution, lead: tuple[int, ...], like: Array) -> ConicSolution:
     """`solution` with the batch axes `lead` and the dtype of `like`."""
     x, s, y, status, iterations, residual, regularity = solution

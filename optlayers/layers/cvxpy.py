@@ -21,7 +21,15 @@ from ..ops import numpy as host
 from ..solvers.host import INFINITE
 from ..status import batch_axes
 from .assembly import assemble, splits
-from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restore_array, restore_batch
+from .conic import (
+    ConicLayer,
+    ConicSolution,
+    conic_layer,
+    flatten_batch,
+    flatten_warm,
+    restore_array,
+    restore_batch,
+)
 from .direct import curved_part, polyhedral_bounds
 from .elimination import eliminate, elimination
 from .grouping import arranged, compacted
@@ -344,7 +352,7 @@ class CvxpyProgram:
         data = Problem(*assemble(ops, self.solved, (P, q, A, b), flat, ops.widest(like)), *bounds)
         if lead and not is_batched:  # as by a constant of the objective alone
             data = data._replace(q=ops.broadcast_to(data.q, (math.prod(lead), data.q.shape[-1])))
-        warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+        warm = list(flatten_warm(ops, warm, lead, self.program.n, self.program.m))
         if self.ranges is not None and warm:
             warm[1:] = self.ranges.merge(ops, *warm[1:])
         if self.elimination is not None:

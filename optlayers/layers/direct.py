@@ -15,7 +15,7 @@ from ..linalg.kkt import Problem
 from ..ops import Array, Ops
 from ..solvers.host import INFINITE
 from ..status import batch_axes
-from .conic import ConicLayer, ConicSolution, flatten_batch, restore_batch
+from .conic import ConicLayer, ConicSolution, flatten_batch, flatten_warm, restore_batch
 
 
 def solve_box(
@@ -52,7 +52,7 @@ def solve_box(
     upper = ops.where(l <= -INFINITE, ops.inf, -l)
     lower = ops.where(u >= INFINITE, -ops.inf, -u)
     zero = ops.full((A.shape[-2],), 0.0, q)
-    warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+    warm = flatten_warm(ops, warm, lead, q.shape[-1], A.shape[-2])
     warm = [-z if i == 1 else z for i, z in enumerate(warm)]
     with batch_axes(lead):
         solution = layer(ops, Problem(P, q, A, zero, lower, upper), *warm)
@@ -88,7 +88,7 @@ def solve_cone(
     if cones.groups:
         raise ValueError(f"only a CvxpyLayer puts variables in groups; leave them out, got {cones}")
     lower, upper = polyhedral_bounds(ops, cones, q)
-    warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+    warm = flatten_warm(ops, warm, lead, q.shape[-1], A.shape[-2])
     with batch_axes(lead):
         solution = layer(ops, Problem(P, q, A, b, lower, upper), *warm)
     return restore_batch(ops, solution, lead, like)

@@ -144,4 +144,4 @@ def _like(**data: Any) -> Tensor:
 
 
 def _point(solution: ConicSolution | None) -> tuple[Tensor, ...]:
-    return () if solution is None else tuple(solution[:3])
+    return () if solution is None else (solution.x, solution.s, solution.y)

@@ -195,3 +195,10 @@ def test_orders_that_are_none(frontend):
     for order in (0, -1, 1.5, "2"):
         with pytest.raises(ValueError, match="order must be a whole number from 1 on"):
             frontend.module.solve_qp(eye, eye[0], order=order)
+
+
+def test_warm_start_of_another_problem(frontend):
+    solve, eye = frontend.module.solve_qp, frontend.array(np.eye(3))
+    start = solve(eye[:2, :2], eye[:, :2])
+    with pytest.raises(ValueError, match=r"warm_start has x of shape \(3, 2\), expected \(3, 3\)"):
+        solve(eye, eye, warm_start=start)
