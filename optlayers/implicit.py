@@ -24,7 +24,12 @@ from .ops import Array, MatrixFreeOps, Ops
 
 
 def attach(
-    ops: Ops, residual: Callable[[Array], Array], solve: Callable[[Array], Array], root: Array, order: int
+    ops: Ops,
+    residual: Callable[[Array], Array],
+    solve: Callable[[Array], Array],
+    root: Array,
+    order: int,
+    highest: float = math.inf,
 ) -> Array:
     """`root` with the derivatives that F(y, theta) = 0 implies, up to `order`; higher ones raise.
 
@@ -33,11 +38,11 @@ def attach(
         solve: r to J0^-1 r, linear in r, with J0^-1 constant; or what has its derivatives and value zero.
         root: y0, detached.
         order: at least 1.
+        highest: beyond this order there are none.
     """
     y = ops.implied(residual, solve, root, order)
-    return ops.guard(
-        y, order, f"derivatives of order above {order} were asked for; build the layer with order={order + 1}"
-    )
+    advice = f"build the layer with order={order + 1}" if order < highest else "this layer has none"
+    return ops.guard(y, order, f"derivatives of order above {order} were asked for; {advice}")
 
 
 @dataclass(frozen=True)

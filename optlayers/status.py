@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,11 +78,12 @@ class SolveError(RuntimeError):
 
 @contextmanager
 def batch_axes(lead: tuple[int, ...]) -> Iterator[None]:
-    """Within it a SolveError for a flat batch names problems by the batch axes `lead`."""
+    """Within it a SolveError for a flat batch names problems by the batch axes `lead`, behind one of vmap."""
     try:
         yield
     except SolveError as error:
-        arrays = (error.status.reshape(lead), error.residual.reshape(lead))
+        shape = lead if error.status.size == math.prod(lead) else (-1, *lead)
+        arrays = (error.status.reshape(shape), error.residual.reshape(shape))
         raise SolveError(*arrays, error.reached) from None
 
 

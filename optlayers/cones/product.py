@@ -15,6 +15,9 @@ On a kink of the projection D is the smallest of its choices: the constraint cou
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -119,6 +122,10 @@ class Cones:
     layout: _Layout = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        put = functools.partial(object.__setattr__, self)
+        for name, sizes in {"zero": False, "nonneg": False, "exp": False, "soc": True, "psd": True}.items():
+            put(name, _whole_numbers(name, getattr(self, name), sizes))
+        put("pow", _weights(self.pow))
         rows = (
             self.zero
             + self.nonneg
@@ -128,11 +135,16 @@ class Cones:
             + sum(len(weights) + 1 for weights in self.pow)
         )
         # Once per program: a product of thousands of cones must not cost a Python loop at every call.
-        object.__setattr__(self, "rows", rows)
-        object.__setattr__(self, "local", sum(group.count * group.variables for group in self.groups))
-        object.__setattr__(self, "width", max([0, *(group.variables for group in self.groups)]))
-        object.__setattr__(self, "_owners", {})
-        object.__setattr__(self, "layout", _layout(self))
+        put("rows", rows)
+        put("local", sum(group.count * group.variables for group in self.groups))
+        put("width", max([0, *(group.variables for group in self.groups)]))
+        put("_owners", {})
+        put("layout", _layout(self))
+
+    @property
+    def highest_order(self) -> float:
+        """Of the derivatives of a solution: of a Taylor polynomial, or of the projection itself."""
+        return 2 if self.psd or self.exp or self.pow else math.inf
 
     def owners(self, m: int) -> np.ndarray:
         """For each of m rows which variable in a group is the first of its group, the second, ... (w, m).
@@ -164,6 +176,29 @@ class _Layout(NamedTuple):
 
     blocks: tuple[_Block, ...]
     order: np.ndarray | None
+
+
+def _whole_numbers(name: str, value: Any, are_sizes: bool) -> Any:
+    """A count, from zero on, or a tuple of sizes, from one on."""
+    try:
+        numbers = tuple(map(operator.index, value if are_sizes else (value,)))
+    except TypeError:
+        numbers = (-1,)
+    if min(numbers, default=1) < are_sizes:
+        expected = "a tuple of whole numbers from 1 on" if are_sizes else "a whole number from 0 on"
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return numbers if are_sizes else numbers[0]
+
+
+def _weights(value: Any) -> tuple[tuple[float, ...], ...]:
+    try:
+        cones = tuple(tuple(map(float, weights)) for weights in value)
+    except (TypeError, ValueError):
+        cones = ((),)
+    for weights in cones:
+        if not (weights and min(weights) > 0 and abs(sum(weights) - 1) <= 1e-6):
+            raise ValueError(f"pow must be a tuple of tuples of positive weights of sum 1, got {value!r}")
+    return cones
 
 
 def _layout(cones: Cones) -> _Layout:

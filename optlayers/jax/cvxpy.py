@@ -17,6 +17,7 @@ from ..layers.conic import ConicLayer
 from ..layers.cvxpy import CvxpyProgram, Solution, faults, name
 from ..ops import jax as ops
 from ..status import SolveError
+from .arguments import common
 from .checked import run_checked
 from .sparse import HOST
 
@@ -127,8 +128,5 @@ class CvxpyLayer:
 
 def _like(values: Sequence[Array], parameters: Sequence[Any]) -> Array:
     """A real scalar with the dtype of the results."""
-    for value, parameter in zip(values, parameters, strict=False):
-        if jnp.iscomplexobj(value) and not parameter.is_complex():
-            raise ValueError(f"parameter {name(parameter)} is real, got a complex array; pass its real part")
-    dtypes = [jnp.finfo(value.dtype).dtype for value in values if jnp.issubdtype(value.dtype, jnp.inexact)]
-    return jnp.zeros((), functools.reduce(jnp.promote_types, dtypes) if dtypes else jnp.result_type(float))
+    label = lambda i: f"parameter {name(parameters[i])}"
+    return common(values[: len(parameters)], label, lambda i: parameters[i].is_complex())

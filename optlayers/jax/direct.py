@@ -6,7 +6,9 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from scipy.sparse import issparse
 
 from ..cones import Cones
 from ..docstring import continues
@@ -15,6 +17,7 @@ from ..layers.conic import ConicSolution, conic_layer
 from ..layers.direct import curved_part, solve_box, solve_cone
 from ..ops import jax as ops
 from . import sparse
+from .arguments import common
 from .checked import run_checked
 
 
@@ -45,11 +48,12 @@ def solve_qp(
         >>> jax.grad(total)(jnp.array([-3.0, 0.5])).round(6).tolist()
         [0.0, -1.0]
     """
+    (P, q, A, l, u), like = _arrays(P=P, q=q, A=A, l=l, u=u)
     if sparse.is_sparse(P) or sparse.is_sparse(A):
         options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
-        return sparse.solve_qp(P, q, A, l, u, _point(warm_start), gradient=gradient, **options)
+        return sparse.solve_qp(P, q, A, l, u, _point(warm_start), like, gradient=gradient, **options)
     layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient)
-    return run_checked(_solve_box, layer, (P, q, A, l, u), _point(warm_start), q)
+    return run_checked(_solve_box, layer, (P, q, A, l, u), _point(warm_start), like)
 
 
 @continues(solve_cone)
@@ -79,13 +83,15 @@ def solve_conic(
         >>> abs(solution.x).round(6).tolist()
         [0.0, 2.0]
     """
+    (P, q, A, b), like = _arrays(P=P, q=q, A=A, b=b)
     if sparse.is_sparse(P) or sparse.is_sparse(A):
         options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
-        return sparse.solve_conic(P, q, A, b, cones, _point(warm_start), gradient=gradient, **options)
+        return sparse.solve_conic(P, q, A, b, cones, _point(warm_start), like, gradient=gradient, **options)
     layer = conic_layer(
         curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient
     )
-    return run_checked(functools.partial(_solve_cone, cones), layer, (P, q, A, b), _point(warm_start), q)
+    solve = functools.partial(_solve_cone, cones)
+    return run_checked(solve, layer, (P, q, A, b), _point(warm_start), like)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -98,5 +104,13 @@ def _solve_cone(cones, layer, data, warm, like):
     return solve_cone(ops, layer, cones, data, warm, like)
 
 
+def _arrays(**data: Any) -> tuple[list[Any], Array]:
+    """The data, dense ones as arrays, and a scalar of the type of the results."""
+    is_kept = lambda key, x: sparse.is_sparse(x) or (x is None and key != "q")
+    arrays = {key: x if is_kept(key, x) else jnp.asarray(x) for key, x in data.items()}
+    typed = {key: x for key, x in arrays.items() if not (x is None or issparse(x))}
+    return [*arrays.values()], common([*typed.values()], [*typed].__getitem__, lambda i: False)
+
+
 def _point(solution: ConicSolution | None) -> tuple[Array, ...]:
-    return () if solution is None else tuple(solution[:3])
+    return () if solution is None else (solution.x, solution.s, solution.y)

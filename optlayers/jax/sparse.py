@@ -25,16 +25,16 @@ def is_sparse(matrix: Any) -> bool:
     return sp.issparse(matrix) or isinstance(matrix, JAXSparse)
 
 
-def solve_qp(P, q, A, l, u, warm, **options) -> ConicSolution:
+def solve_qp(P, q, A, l, u, warm, like, **options) -> ConicSolution:
     layer = sparse.sparse_layer(P, q, A, Cones(), **options)
-    matrices = _entries(P, q, is_hessian=True), _entries(A, q)
-    return run_checked(_solve_box, layer, (matrices, (q, l, u)), warm, q)
+    matrices = _entries(P, like, is_hessian=True), _entries(A, like)
+    return run_checked(_solve_box, layer, (matrices, (q, l, u)), warm, like)
 
 
-def solve_conic(P, q, A, b, cones, warm, **options) -> ConicSolution:
+def solve_conic(P, q, A, b, cones, warm, like, **options) -> ConicSolution:
     layer = sparse.sparse_layer(P, q, A, curved_part(cones), **options)
-    matrices = _entries(P, q, is_hessian=True), _entries(A, q)
-    return run_checked(functools.partial(_solve_cone, cones), layer, (matrices, (q, b)), warm, q)
+    matrices = _entries(P, like, is_hessian=True), _entries(A, like)
+    return run_checked(functools.partial(_solve_cone, cones), layer, (matrices, (q, b)), warm, like)
 
 
 @functools.partial(jax.jit, static_argnums=0)

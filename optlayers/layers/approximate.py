@@ -6,6 +6,7 @@ two perturbed problems. Both leave the value of the layer alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,10 @@ class Smoothed:
 
     mu: float = 1e-3
 
+    def __post_init__(self):
+        if not 0 < self.mu < math.inf:
+            raise ValueError(f"mu must be positive and finite, got {self.mu}; gradient='exact' has none")
+
 
 @dataclass(frozen=True)
 class LPGD:
@@ -64,6 +69,10 @@ class LPGD:
     """
 
     tau: float = 0.1
+
+    def __post_init__(self):
+        if not 0 < abs(self.tau) < math.inf:
+            raise ValueError(f"tau must be finite and not zero, got {self.tau}")
 
 
 @dataclass(frozen=True)

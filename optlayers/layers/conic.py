@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from ..cones import Cones
@@ -30,7 +31,7 @@ from ..solvers.refinement import Point, smallest_regularization
 from ..solvers.scaling import Scaling, equilibrate
 from ..status import Status, check, is_usable
 from .approximate import LPGD, Smoothed, lpgd, smoothed
-from .conic_derivative import adjoint, derived
+from .conic_derivative import adjoint, cleaned, derived, finite_entries
 
 
 class ConicSolution(NamedTuple):
@@ -137,7 +138,7 @@ class ConicSolve:
         batch = self.output_shapes([tuple(x.shape) for x in (P, q, A, b, l, u, *warm)])[0][0][0]
         q, b, *warm = (ops.broadcast_to(x, (batch, x.shape[-1])) for x in (q, b, *warm))
         l, u = (x[None] if x.ndim == 1 else x for x in (l, u))
-        problem, finite = _replace_non_finite(ops, Problem(P, q, A, b, l, u))
+        problem, finite, crossed = _replace_non_finite(ops, Problem(P, q, A, b, l, u))
         problem, scaling = equilibrate(ops, self.cones, problem, self.solvers[0].scaling, self.linear)
         if warm:
             x, s, y = warm
@@ -148,10 +149,8 @@ class ConicSolve:
         none = 0 * ops.cast(finite, q)[:, None]  # which in JAX differs by device if any of the data do
         point = tuple(z + none for z in point)
         progress = start(ops, self.cones, problem, scaling, *point)
-        status = ops.where(finite, progress.status, Status.NON_FINITE.code)
-        # Between bounds that have changed places the projection finds a point, which satisfies neither.
-        crossed = ops.any(problem.l > problem.u, -1)
-        status = ops.where(crossed, Status.PRIMAL_INFEASIBLE.code, status)
+        status = ops.where(crossed, Status.PRIMAL_INFEASIBLE.code, progress.status)
+        status = ops.where(finite, status, Status.NON_FINITE.code)
         if not (self.linear or self.convex):
             status = ops.where(_is_convex(ops, problem.P) | ~finite, status, Status.NON_CONVEX.code)
         progress = progress._replace(status=status)
@@ -216,23 +215,39 @@ def _is_convex(ops: Ops, P: Array) -> Array:
     return ops.all(ops.isfinite(ops.diagonal(cholesky)), -1) & ops.all(local + shift > 0, -1)
 
 
-def _replace_non_finite(ops: Ops, problem: Problem) -> tuple[Problem, Array]:
-    """The problem with zeros for NaN and infinity, and which problems (B,) had none."""
+def _replace_non_finite(ops: Ops, problem: Problem) -> tuple[Problem, Array, Array]:
+    """The problem with zeros for NaN and infinity; which problems (B,) had none; whose bounds are crossed."""
     P, q, A, b, l, u = problem
     nothing = ops.sum(0 * q, -1) + ops.sum(0 * b, -1)  # in one pass; isfinite takes torch four
     for matrix in (P, A):
         nothing = nothing + ops.sum(ops.sum(0 * matrix, -1), -1)
     # Bounds may be infinite.
     finite = (nothing == 0) & ops.all((l == l) & (u == u), -1)
+    # Between bounds that have changed places the projection finds a point, which satisfies neither.
+    crossed = ops.any((l > u) | (l == ops.inf) | (u == -ops.inf), -1)
 
     def clean(*data):
-        finite = [ops.isfinite(x) for x in data[:4]] + [x == x for x in data[4:]]
-        return tuple(ops.where(good, x, 0.0) for good, x in zip(finite, data, strict=True))
+        return tuple(ops.where(*pair, 0.0) for pair in zip(finite_entries(ops, data), data, strict=True))
 
-    return Problem(*ops.cond(ops.all(finite), lambda *data: data, clean, *problem)), finite
+    problem = Problem(*ops.cond(ops.all(finite & ~crossed), lambda *data: data, clean, *problem))
+    return problem, finite, crossed
 
 
 FAILURE_POLICIES = ("raise", "nan", "mask", "ignore")
+
+
+def check_choices(cones: Cones, order: int, on_failure: str) -> None:
+    """
+    Raises:
+        ValueError: an order that derivatives beside the cones do not have, or a policy that is none.
+    """
+    if not (isinstance(order, Integral) and 1 <= order <= cones.highest_order):
+        raise ValueError(
+            "order must be a whole number from 1 on, and at most 2 beside semidefinite, exponential and "
+            f"power cones, got {order!r}"
+        )
+    if on_failure not in FAILURE_POLICIES:
+        raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {on_failure!r}")
 
 
 @dataclass(frozen=True)
@@ -254,8 +269,7 @@ class ConicLayer:
     def __post_init__(self):
         if isinstance(self.gradient, Smoothed) and self.solve.cones.rows:
             raise ValueError("gradient='smoothed' needs linear constraints; use 'exact' or 'lpgd' on cones")
-        if self.on_failure not in FAILURE_POLICIES:
-            raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {self.on_failure!r}")
+        check_choices(self.solve.cones, self.order, self.on_failure)
 
     def __call__(self, ops: Ops, data: Problem, *warm: Array) -> ConicSolution:
         """The solution, batched, for data and an earlier (x, s, y) each with one batch axis or none."""
@@ -280,7 +294,8 @@ class ConicLayer:
             return _differentiable(ops, self, data, warm)
         detached = Problem(*(ops.stop_gradient(z) for z in data))
         solution = _differentiable(ops, self, detached, warm)
-        usable, point = is_usable(solution.status)[:, None], solution[:3]
+        usable, point = is_usable(solution.status), solution[:3]
+        data, usable = cleaned(ops, solution.status, usable, data), usable[:, None]
         if isinstance(self.gradient, Smoothed):
             x, s, y = smoothed(ops, self.gradient, data, point, usable, self.order)
         else:
@@ -329,6 +344,8 @@ def conic_layer(
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {sorted(GRADIENTS)} or a record, got {gradient!r}")
         gradient = GRADIENTS[gradient]
+    elif not isinstance(gradient, (Smoothed, LPGD)):
+        raise ValueError(f"gradient must be a record such as Smoothed(), got {gradient!r}")
     solve = ConicSolve(cones, linear, convex, solvers, eps, on_failure == "raise")
     return ConicLayer(solve, order, on_failure, gradient)
 
@@ -337,6 +354,21 @@ def flatten_batch(ops: Ops, value: Array, own: int) -> Array:
     """`value`, of which the last `own` axes are its own, with all batch axes as one; without any as it is."""
     lead = tuple(value.shape[: value.ndim - own])
     return value if len(lead) < 2 else ops.reshape(value, (math.prod(lead), *value.shape[len(lead) :]))
+
+
+def flatten_warm(ops: Ops, warm: Sequence[Array], lead: tuple[int, ...], n: int, m: int) -> tuple[Array, ...]:
+    """An earlier (x, s, y), perhaps none, with all batch axes as one.
+
+    Raises:
+        ValueError: it is that of another problem or batch.
+    """
+    for name, z, size in zip("xsy", warm, (n, m, m), strict=False):
+        if tuple(z.shape) not in ((*lead, size), (size,)):
+            raise ValueError(
+                f"warm_start has {name} of shape {tuple(z.shape)}, expected {(*lead, size)}; "
+                "it is to be an earlier solution of the same problem for the same batch"
+            )
+    return tuple(ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm)
 
 
 def restore_batch(ops: Ops, solution: ConicSolution, lead: tuple[int, ...], like: Array) -> ConicSolution:

@@ -17,7 +17,7 @@ from ..linalg.rows import Linearization, project_linearized, spectral, unflatten
 from ..linalg.sensitivity import solve_sensitivity
 from ..ops import Array, Ops
 from ..solvers.scaling import Scaling
-from ..status import Status, is_usable
+from ..status import is_usable
 
 
 def derived(
@@ -30,7 +30,7 @@ def derived(
 ) -> tuple[Array, Array, Array]:
     """x, s and y with derivatives in the data up to `order`, where `usable(status)` says so."""
     status, x_unique, y_unique, is_rough, x, v, D, E, c, e, *factors = constants
-    P, q, A, b, l, u = _without(ops, status == Status.NON_FINITE.code, Problem(*data))
+    P, q, A, b, l, u = cleaned(ops, status, usable(status), Problem(*data))
     n, is_derived, rows = q.shape[-1], usable(status)[:, None], constraints(ops, cones, A)
     singular = is_usable(status) & (x_unique * y_unique == 0)
     linearization = _linearization(cones, n, factors)
@@ -54,7 +54,8 @@ def derived(
         F = ops.concat([F1, E * (matvec(rows, x) + s - b)], -1)
         return ops.where(is_derived, F, 0.0)
 
-    return unscale(attach(ops, residual, inverse, ops.concat([x, v], -1), order))
+    root = ops.concat([x, v], -1)
+    return unscale(attach(ops, residual, inverse, root, order, cones.highest_order))
 
 
 def adjoint(
@@ -72,7 +73,7 @@ def adjoint(
     cotangents a = c D d_1 and e = E d_2.
     """
     status, x_unique, y_unique, is_rough, x, v, D, E, c, regularization, *factors = constants
-    P, _, A, _, l, u = data = _without(ops, status == Status.NON_FINITE.code, Problem(*data))
+    P, _, A, _, l, u = data = cleaned(ops, status, usable(status), Problem(*data))
     is_derived = usable(status)[:, None]
     singular = is_usable(status) & (x_unique * y_unique == 0)
     linearization = _linearization(cones, x.shape[-1], factors)
@@ -160,16 +161,24 @@ def _summed(ops: Ops, bar: Array, like: Array) -> Array:
     return ops.reshape(bar, like.shape)
 
 
-def _without(ops: Ops, bad: Array, data: Problem) -> Problem:
-    """The data with zeros for the `bad` problems (B,), whose NaN would reach shared parameters as 0 * NaN."""
+def cleaned(ops: Ops, status: Array, is_derived: Array, data: Problem) -> Problem:
+    """The data with zeros for the problems (B,) without derivative, and for what is infinite and must not be.
+
+    Times zero it would reach shared parameters as NaN.
+    """
 
     def clean(data):
         parts = []
-        for z, own in zip(data, Problem.ndims, strict=True):
-            keep = z == z if own == 1 and z.shape[-1] == data[4].shape[-1] else ops.isfinite(z)
+        for z, good, own in zip(data, finite_entries(ops, data), Problem.ndims, strict=True):
             if z.ndim > own:
-                keep = ~ops.reshape(bad, (-1,) + (1,) * own)
-            parts.append(ops.where(keep, z, 0.0))
+                good = good & ops.reshape(is_derived, (-1,) + (1,) * own)
+            parts.append(ops.where(good, z, 0.0))
         return tuple(parts)
 
-    return Problem(*ops.cond_or_both(ops.any(bad), clean, tuple, tuple(data)))
+    return Problem(*ops.cond_or_both(ops.any(~is_usable(status)), clean, tuple, tuple(data)))
+
+
+def finite_entries(ops: Ops, data: Sequence[Array]) -> list[Array]:
+    """Which entries of P, q, A, b, l, u are finite; bounds may be infinite to their side."""
+    *finite, l, u = data
+    return [*(ops.isfinite(z) for z in finite), l < ops.inf, u > -ops.inf]

@@ -5,6 +5,7 @@ The docstring of `CvxpyProgram` is that of the layers; each frontend adds its ex
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -17,9 +18,18 @@ from ..linalg.kkt import Problem
 from ..linalg.sensitivity import Regularity
 from ..ops import Array, Ops
 from ..ops import numpy as host
+from ..solvers.host import INFINITE
 from ..status import batch_axes
 from .assembly import assemble, splits
-from .conic import ConicLayer, ConicSolution, conic_layer, flatten_batch, restore_array, restore_batch
+from .conic import (
+    ConicLayer,
+    ConicSolution,
+    conic_layer,
+    flatten_batch,
+    flatten_warm,
+    restore_array,
+    restore_batch,
+)
 from .direct import curved_part, polyhedral_bounds
 from .elimination import eliminate, elimination
 from .grouping import arranged, compacted
@@ -54,6 +64,14 @@ def _is_convex(program: Program) -> bool:
     P.flat[program.P.positions] = program.P.constant
     shift = 1e-12 * max(abs(P).max(initial=0.0), np.finfo(float).tiny)
     return bool(np.linalg.eigvalsh(P).min(initial=0.0) >= -shift)
+
+
+def _without_far_bounds(program: Program) -> Program:
+    """The program with infinity for constant bounds that count as infinite."""
+    b, (zero, nonneg) = program.b, (program.cones.zero, program.cones.nonneg)
+    is_bound = (b.positions >= zero) & (b.positions < zero + nonneg)
+    constant = np.where(is_bound & (b.constant >= INFINITE), np.inf, b.constant)
+    return replace(program, b=replace(b, constant=constant))
 
 
 def _bounds(program: Program) -> tuple[np.ndarray, np.ndarray]:
@@ -133,13 +151,15 @@ def name(parameter: Any) -> str:
 
 SPARSE_FROM, SPARSE_DENSITY = 1500, 0.02  # rows and columns, entries that are not zero
 LARGEST_FACTORED = 1000  # above it eigenvalues would take longer than a second
-SIGNS = {"nonneg": 1, "pos": 1, "nonpos": -1, "neg": -1}
+SIGNS = {"nonneg": 1, "pos": 1, "boolean": 1, "nonpos": -1, "neg": -1}
 SIGN_TOLERANCE = 1e-10  # CVXPY's own
 
 
 def _declared(parameter: Any) -> tuple[str, int] | None:
     """The attribute that tells the sign of a parameter, and the sign."""
-    return next(((key, sign) for key, sign in SIGNS.items() if parameter.attributes[key]), None)
+    # Else boolean may be a list of the entries that are.
+    is_set = lambda key: parameter.attributes[key] in (True,)
+    return next(((key, sign) for key, sign in SIGNS.items() if is_set(key)), None)
 
 
 def _of_declared_sign(ops: Ops, value: Array, parameter: Any) -> Array:
@@ -213,7 +233,8 @@ class CvxpyProgram:
         canon_backend: CVXPY's canonicalisation backend.
         solver_args: settings of the solver: `eps`, the relative residual of a solution, `max_iter`, and the
             fields of the solver's record; for a host solver also the options of its library.
-        order: highest derivative order; beyond it NotImplementedError is raised.
+        order: highest derivative order, from 1 on, and at most 2 beside semidefinite, exponential and power
+            cones; beyond it NotImplementedError is raised.
         on_failure: what becomes of problems without solution, or with data that are not finite or not of the
             sign that a parameter was declared to have. "raise": SolveError names them; "nan": their
             outputs are NaN; "mask": the last iterate, with zero gradient; "ignore": the last iterate.
@@ -233,6 +254,9 @@ class CvxpyProgram:
         start = time.perf_counter()
         self.parameters, self.variables = tuple(parameters), tuple(variables)
         program = canonicalize(problem, list(parameters), list(variables), gp, canon_backend)
+        if not self.variables:
+            raise ValueError("variables is empty; list those whose values the layer is to return")
+        program = _without_far_bounds(program)
         is_exact = choices["gradient"] == "exact"  # other gradients are for whole matrices
         self.program = arranged(program, ranges(program)) if is_exact else program
         self.ranges = ranges(self.program)
@@ -322,11 +346,13 @@ class CvxpyProgram:
         batched = tuple(value.ndim == 2 for value in flat)
         bounds = (ops.constant(bound, ops.widest(like)) for bound in self.bounds())
         P, q, A, b = self.splits(batched)
+        is_batched = any(split.batched for split in (P, q, A, b))
         if chosen is not None and self.elimination is not None and self.elimination.shifts is not None:
             P = A = None
-        data = assemble(ops, self.solved, (P, q, A, b), flat, ops.widest(like))
-        data = Problem(*data, *bounds)
-        warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+        data = Problem(*assemble(ops, self.solved, (P, q, A, b), flat, ops.widest(like)), *bounds)
+        if lead and not is_batched:  # as by a constant of the objective alone
+            data = data._replace(q=ops.broadcast_to(data.q, (math.prod(lead), data.q.shape[-1])))
+        warm = list(flatten_warm(ops, warm, lead, self.program.n, self.program.m))
         if self.ranges is not None and warm:
             warm[1:] = self.ranges.merge(ops, *warm[1:])
         if self.elimination is not None:

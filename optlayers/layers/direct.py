@@ -15,7 +15,7 @@ from ..linalg.kkt import Problem
 from ..ops import Array, Ops
 from ..solvers.host import INFINITE
 from ..status import batch_axes
-from .conic import ConicLayer, ConicSolution, flatten_batch, restore_batch
+from .conic import ConicLayer, ConicSolution, flatten_batch, flatten_warm, restore_batch
 
 
 def solve_box(
@@ -30,7 +30,8 @@ def solve_box(
         l, u: (..., m); None for infinite. Entries beyond 1e20 count as infinite, l = u is an equality.
         solver: None or "auto" chooses; or a record such as `ADMM(...)`, or a name such as "CLARABEL".
         eps: relative residual of a solution.
-        order: highest derivative order; beyond it NotImplementedError is raised.
+        order: highest derivative order, from 1 on, and at most 2 beside semidefinite, exponential and power
+            cones; beyond it NotImplementedError is raised.
         on_failure: "raise", "nan", "mask" or "ignore"; see `CvxpyLayer`.
         rescue: hand problems that stay unfinished to Clarabel on the host, if `solver` was not given.
         gradient: "exact"; or, where that is zero or jumps as for linear programs, "smoothed" (`Smoothed(mu)`)
@@ -51,7 +52,7 @@ def solve_box(
     upper = ops.where(l <= -INFINITE, ops.inf, -l)
     lower = ops.where(u >= INFINITE, -ops.inf, -u)
     zero = ops.full((A.shape[-2],), 0.0, q)
-    warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+    warm = flatten_warm(ops, warm, lead, q.shape[-1], A.shape[-2])
     warm = [-z if i == 1 else z for i, z in enumerate(warm)]
     with batch_axes(lead):
         solution = layer(ops, Problem(P, q, A, zero, lower, upper), *warm)
@@ -87,7 +88,7 @@ def solve_cone(
     if cones.groups:
         raise ValueError(f"only a CvxpyLayer puts variables in groups; leave them out, got {cones}")
     lower, upper = polyhedral_bounds(ops, cones, q)
-    warm = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+    warm = flatten_warm(ops, warm, lead, q.shape[-1], A.shape[-2])
     with batch_axes(lead):
         solution = layer(ops, Problem(P, q, A, b, lower, upper), *warm)
     return restore_batch(ops, solution, lead, like)
@@ -95,6 +96,8 @@ def solve_cone(
 
 def curved_part(cones: Cones) -> Cones:
     """The cones without their polyhedral rows, which the solver takes as bounds."""
+    if not isinstance(cones, Cones):
+        raise ValueError(f"cones must be Cones(...), got {cones!r}")
     return replace(cones, zero=0, nonneg=0)
 
 
@@ -111,6 +114,9 @@ def _prepare(ops: Ops, names: Sequence[str], data: Sequence[Array | None], axes:
     Raises:
         ValueError: shapes that do not fit together, naming the argument.
     """
+    without_A = [name for name, x in zip(names, data, strict=True) if x is not None and name in "blu"]
+    if "A" in names and data[names.index("A")] is None and without_A:
+        raise ValueError(f"{without_A[0]} is given, but A is None; to bound x itself let A be the identity")
     sizes: dict[str, int] = {}
     lead: tuple[int, ...] = ()
     for name, x, own in zip(names, data, axes, strict=True):

@@ -15,6 +15,8 @@ from ..canon.program import AffineMap, Program
 from ..ops import Array, Ops
 from .conic import ConicSolution
 
+MOST_TIMES = 1e8  # that one side of a range may be as large as the other
+
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
@@ -66,9 +68,12 @@ def ranges(program: Program) -> Ranges | None:
     for i in np.flatnonzero(candidate):
         entries = slice(starts[i], starts[i + 1])
         key = column[entries].tobytes(), (-program.A.constant[entries]).tobytes()
-        if key in waiting:
-            first = waiting.pop(key)
-            partner[first], taken[i] = i, True
+        other = waiting.get(key)
+        if other is not None and _are_comparable(constants[[i, other]]):
+            del waiting[key]
+            # The rounding of a larger side may be as large as the smaller one.
+            first, second = sorted((other, i), key=lambda row: abs(constants[row]))
+            partner[first], taken[second] = second, True
         else:
             waiting[key[0], program.A.constant[entries].tobytes()] = i
     if not taken.any():
@@ -85,6 +90,12 @@ def ranges(program: Program) -> Ranges | None:
         b=_with_rows(program.b, kept, 1),
     )
     return Ranges(merged, kept, partner[kept], width)
+
+
+def _are_comparable(sides: np.ndarray) -> bool:
+    """Whether rounding of the width leaves something of either side."""
+    smaller, larger = sorted(abs(sides))
+    return larger <= MOST_TIMES * max(1.0, smaller)
 
 
 def _with_rows(affine: AffineMap, kept: np.ndarray, n: int) -> AffineMap:

@@ -12,6 +12,7 @@ The penalty R = rho * (1000 on equality rows, 1 elsewhere) adapts for each probl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -102,6 +103,10 @@ class ADMM:
     refine: int = 5
     scaling: int = 5
     fused: bool = False
+
+    def __post_init__(self):
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"rho must be positive and finite, got {self.rho}")
 
     def init(self, ops: Ops, cones: Cones, problem: Problem, x: Array, v: Array, active: Array) -> _AdmmState:
         rho = ops.full((x.shape[0], 1), self.rho, x)

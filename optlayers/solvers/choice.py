@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -87,4 +88,6 @@ def configure(solvers: tuple[Solver, ...], settings: Mapping[str, Any]) -> tuple
             replace(s, **{key: value}) if k else s.with_option(key, value) if h else s
             for s, k, h in zip(solvers, known, hosts, strict=True)
         )
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, got {eps}")
     return solvers, eps

@@ -14,7 +14,9 @@ from ..layers.approximate import LPGD, Smoothed
 from ..layers.cvxpy import CvxpyProgram, Solution, faults, name
 from ..ops import torch as ops
 from ..ops.torch import host
+from ..ops.torch.context import outside
 from ..status import SolveError
+from .arguments import common
 from .compiled import CompiledProgram
 from .sparse import HOST, on_host
 
@@ -127,7 +129,8 @@ class CvxpyLayer(torch.nn.Module):
                 return self._compiled.solve(plain, layer, whole, params, *(more or ((),)), like)
             return plain(params)
         except SolveError as error:
-            for fault in faults([value.numpy(force=True) for value in params], program.parameters):
+            find = lambda *values: [*faults([x.numpy(force=True) for x in values], program.parameters)]
+            for fault in outside(find, *params):
                 error.add_note(fault)
             raise
 
@@ -145,24 +148,6 @@ def _on_host(method, *args) -> Any:
 
 
 def _like(values: Sequence[Tensor], parameters: Sequence[Any]) -> Tensor:
-    """A real tensor with the dtype of the results and the device of all values."""
-    for value, parameter in zip(values, parameters, strict=False):
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"parameter {name(parameter)} must be a torch tensor, got {type(value).__name__}; "
-                "convert it with torch.as_tensor"
-            )
-        if value.device != values[0].device:
-            raise ValueError(
-                f"parameter {name(parameter)} is on {value.device}, but {name(parameters[0])} is on "
-                f"{values[0].device}; move all of them to one device"
-            )
-        if value.is_complex() and not parameter.is_complex():
-            raise ValueError(f"parameter {name(parameter)} is real, got a complex tensor; pass its real part")
-    if not values:
-        return torch.zeros(())
-    parts = [value.real if value.is_complex() else value for value in values]
-    dtype = functools.reduce(torch.promote_types, [part.dtype for part in parts])
-    if not dtype.is_floating_point:
-        dtype = torch.get_default_dtype()
-    return torch.zeros((), dtype=dtype, device=values[0].device)
+    """A real scalar with the dtype of the results and the device of all values."""
+    label = lambda i: f"parameter {name(parameters[i])}"
+    return common(values[: len(parameters)], label, lambda i: parameters[i].is_complex())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.sparse import issparse
 from torch import Tensor
 
 from ..cones import Cones
@@ -19,6 +20,7 @@ from ..layers.direct import curved_part, solve_box, solve_cone
 from ..ops import torch as ops
 from ..ops.torch import host
 from . import sparse
+from .arguments import common
 from .compiled import CompiledProgram
 
 
@@ -51,11 +53,12 @@ def solve_qp(
         >>> q.grad.round().int().tolist()
         [0, -1]
     """
+    like = _like(P=P, q=q, A=A, l=l, u=u)
     if sparse.is_sparse(P) or sparse.is_sparse(A):
         options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
-        return sparse.solve_qp(P, q, A, l, u, _point(warm_start), gradient=gradient, **options)
+        return sparse.solve_qp(P, q, A, l, u, _point(warm_start), like, gradient=gradient, **options)
     layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient)
-    return _solve(None, layer, (P, q, A, l, u), warm_start, q, compiled)
+    return _solve(None, layer, (P, q, A, l, u), warm_start, like, compiled)
 
 
 @continues(solve_cone)
@@ -86,13 +89,14 @@ def solve_conic(
         >>> abs(solution.x).round(decimals=6).tolist()
         [0.0, 2.0]
     """
+    like = _like(P=P, q=q, A=A, b=b)
     if sparse.is_sparse(P) or sparse.is_sparse(A):
         options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
-        return sparse.solve_conic(P, q, A, b, cones, _point(warm_start), gradient=gradient, **options)
+        return sparse.solve_conic(P, q, A, b, cones, _point(warm_start), like, gradient=gradient, **options)
     layer = conic_layer(
         curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient
     )
-    return _solve(cones, layer, (P, q, A, b), warm_start, q, compiled)
+    return _solve(cones, layer, (P, q, A, b), warm_start, like, compiled)
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,17 @@ def _solve(
     values, warm = [x for x in data if x is not None], _point(warm_start)
     plain = lambda values: program.solve(ops, None, layer, values, warm, like)
     if compiled and layer.gradient is None and host.is_readable([*values, *warm]):
-        solution = _compiled(program).solve(plain, layer, True, values, warm, like.new_zeros(()))
+        solution = _compiled(program).solve(plain, layer, True, values, warm, like)
     else:
         solution = plain(values)
     return ConicSolution(*solution[1:])
 
 
+def _like(**data: Any) -> Tensor:
+    """A scalar of the type of the results. Matrices of SciPy have none to say; q must be there."""
+    given = {key: x for key, x in data.items() if key == "q" or not (x is None or issparse(x))}
+    return common([*given.values()], [*given].__getitem__, lambda i: False)
+
+
 def _point(solution: ConicSolution | None) -> tuple[Tensor, ...]:
-    return () if solution is None else tuple(solution[:3])
+    return () if solution is None else (solution.x, solution.s, solution.y)

@@ -32,17 +32,17 @@ on_host = not_traced(_WHY_NOT_TRACED)
 
 
 @on_host
-def solve_qp(P, q, A, l, u, warm, **options) -> ConicSolution:
+def solve_qp(P, q, A, l, u, warm, like, **options) -> ConicSolution:
     layer = sparse.sparse_layer(P, q, A, Cones(), **options)
-    matrices = _entries(P, q), _entries(A, q)
-    return sparse.solve_sparse_box(ops, HOST, layer, matrices, (q, l, u), warm, q)
+    matrices = _entries(P, like), _entries(A, like)
+    return sparse.solve_sparse_box(ops, HOST, layer, matrices, (q, l, u), warm, like)
 
 
 @on_host
-def solve_conic(P, q, A, b, cones, warm, **options) -> ConicSolution:
+def solve_conic(P, q, A, b, cones, warm, like, **options) -> ConicSolution:
     layer = sparse.sparse_layer(P, q, A, curved_part(cones), **options)
-    matrices = _entries(P, q), _entries(A, q)
-    return sparse.solve_sparse_cone(ops, HOST, layer, cones, matrices, (q, b), warm, q)
+    matrices = _entries(P, like), _entries(A, like)
+    return sparse.solve_sparse_cone(ops, HOST, layer, cones, matrices, (q, b), warm, like)
 
 
 def _entries(matrix: Any, like: Tensor) -> sparse.Entries:

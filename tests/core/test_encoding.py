@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from optlayers.cones import Cones
-from optlayers.layers.approximate import LPGD
 from optlayers.layers.conic import ConicSolve
 from optlayers.ops.encoding import decode, encode
 from optlayers.solvers.host import Clarabel
@@ -17,7 +16,7 @@ LEAVES = [
     ConicSolve(),
     ConicSolve(Cones(1, 2, (3, 4), (2,), 1, ((0.1, 0.9),)), True, False, (InteriorPoint(),), 1e-7, True),
     ConicSolve(solvers=(Clarabel(options={"max_threads": np.int64(2), "verbose": False}),)),
-    LPGD(tau=float("inf")),
+    ConicSolve(eps=float("inf")),
 ]
 
 

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -1083,6 +1084,34 @@ def test_in_blocks(ops, framework, host, rng, monkeypatch, block_bytes):
         assert_all_close(blocks, [x + shared, (M @ x[..., None])[..., 0]])
         assert sum(sizes) == 7
         assert seam is ops or max(sizes) <= max(block_bytes // 32, 1)
+
+
+BLAS_IN_THREADS = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threadpoolctl import threadpool_info
+from optlayers.ops.torch import host
+
+def count():
+    return {x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"}
+
+def work(part):
+    time.sleep(part)
+    return count()
+
+before = count()
+with ThreadPoolExecutor(2) as pool:
+    calls = [pool.submit(host._run_in_threads, work, [part]) for part in (0.1, 0.5)]
+    assert [call.result() for call in calls] == [[{1}], [{1}]]
+assert count() == before, count()
+"""
+
+
+def test_threads_of_blas_after_calls_of_several_threads():
+    """A call that begins while another one works does not take its one thread for the number before."""
+    pytest.importorskip("torch")
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", BLAS_IN_THREADS], check=True, env=environment)
 
 
 @pytest.mark.parametrize("few", [1, 60])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from checks import assert_close
+from optlayers.status import SolveError
 from problems import qp_shared
 
 NAMES = ("P", "q", "A", "b")
@@ -140,6 +141,20 @@ def test_empty_batch(layer, lead, rng):
     assert x.shape == (*lead, 4)
     for value, gradient in zip(values, gradients, strict=True):
         assert_close(gradient, np.zeros_like(value), 0.0)
+
+
+@pytest.mark.parametrize("lead", [(3,), (2, 0)], ids=str)
+def test_batch_of_a_parameter_that_no_solution_depends_on(frontend, lead):
+    x, p, constant = cp.Variable(2), cp.Parameter(2), cp.Parameter()
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - p) + constant), [x <= 1, x >= p])
+    layer = frontend.CvxpyLayer(problem, [p, constant], [x])
+    solve = lambda p, constant: layer.solve(frontend.array(p), frontend.array(constant))
+    solution = solve(np.array([0.5, -1.0]), np.zeros(lead))
+    assert solution.status.shape == lead and solution.y.shape == (*lead, 6)
+    assert_close(frontend.numpy(solution.variables[0]), np.full((*lead, 2), [0.5, -1.0]), 1e-8)
+    if 0 not in lead:
+        with pytest.raises(SolveError, match="3 of 3 problems"):
+            solve(np.array([0.5, 2.0]), np.zeros(lead))
 
 
 def test_permuted_batch_gives_permuted_result(layer, rng):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from checks import assert_close
+from frontends import FRONTENDS
 from optlayers.status import SolveError, Status
 from problems import qp_shared
 
@@ -71,7 +72,9 @@ def test_mixed_devices(family, values):
 
     tensors = [torch.tensor(v) for v in values]
     tensors[2] = tensors[2].to("meta")
-    with pytest.raises(ValueError, match=r"parameter A \(6, 4\) is on meta, but P \(4, 4\) is on cpu"):
+    with pytest.raises(
+        ValueError, match=r"parameter A \(6, 4\) is on meta, but parameter P \(4, 4\) is on cpu"
+    ):
         CvxpyLayer(family.problem, family.parameters, family.variables)(*tensors)
 
 
@@ -91,7 +94,7 @@ def test_non_finite_value_is_named(frontend, layer, values, position, bad):
 
 
 @pytest.mark.slow_to_compile
-@pytest.mark.parametrize("attribute, sign", [("nonneg", 1), ("neg", -1)])
+@pytest.mark.parametrize("attribute, sign", [("nonneg", 1), ("neg", -1), ("boolean", 1)])
 def test_value_of_a_sign_that_was_excluded(frontend, attribute, sign):
     """The problem is convex for values of the declared sign only; the others of the batch are solved."""
     x, weight = cp.Variable(2), cp.Parameter(name="weight", **{attribute: True})
@@ -134,6 +137,11 @@ def test_parameter_that_is_not_listed(frontend, family):
 def test_variable_that_is_not_in_the_problem(frontend, family):
     with pytest.raises(ValueError, match=r"variables\[0\] \(stranger\) is not in the problem"):
         frontend.CvxpyLayer(family.problem, family.parameters, [cp.Variable(2, name="stranger")])
+
+
+def test_no_variables(frontend, family):
+    with pytest.raises(ValueError, match="variables is empty"):
+        frontend.CvxpyLayer(family.problem, family.parameters, [])
 
 
 def test_problem_that_is_not_dpp(frontend):
@@ -212,6 +220,23 @@ def test_single_infeasible_problem_has_no_index(frontend, interval):
     with pytest.raises(SolveError, match="infeasible") as error:
         call(frontend, interval, [POINT, LOW[1], HIGH])
     assert "batch index" not in str(error.value)
+
+
+def test_infeasible_problem_is_named_under_transforms_of_torch():
+    torch = pytest.importorskip("torch")
+    layer = interval_layer(FRONTENDS["torch"]())
+    point, low, high = (torch.tensor(value) for value in (POINT, LOW, HIGH))
+    low[0, 0] = np.nan
+    with pytest.raises(
+        SolveError, match=r"2 of 3 problems.*\n.*index \(0,\): the data.*\n.*\(1,\): infeas"
+    ) as error:
+        torch.func.vmap(lambda low: layer(point, low, high)[0])(low)
+    assert "contains NaN" in error.value.__notes__[0]
+    with pytest.raises(SolveError, match=r"batch index \(2, 0\): infeasible"):
+        torch.func.vmap(lambda point: layer(point, low[1:], high)[0])(point.expand(3, 3))
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(SolveError, match="1 of 1 problems"):
+            transform(lambda low: layer(point, low, high)[0].sum())(low[1])
 
 
 @pytest.mark.slow_to_compile

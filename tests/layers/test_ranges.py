@@ -34,6 +34,31 @@ def test_rows_that_are_merged(rng):
     assert ranges(canonicalize(one_sided, [p], [x])) is None
 
 
+@pytest.mark.parametrize("upper_first", [True, False])
+def test_sides_of_unequal_size(upper_first):
+    """The smaller one is kept; one that is 1e8 times smaller would be lost in the rounding of the width."""
+    x, p = cp.Variable(1), cp.Parameter(1)
+    for far, rows in ((1e6, 1), (1e12, 2)):
+        constraints = [x <= far, x >= -1][:: 1 if upper_first else -1]
+        problem = cp.Problem(cp.Minimize(cp.norm(x - p)), constraints)
+        program = canonicalize(problem, [p], [x])
+        plan = ranges(program)
+        assert program.m - (program if plan is None else plan.program).m == 2 - rows
+        if plan is not None:
+            assert abs(plan.program.b.constant).max() == 1.0
+
+
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("far", [1e20, 1e30, np.inf])
+def test_far_bounds_are_none(frontend, far):
+    x, p = cp.Variable(3), cp.Parameter(3)
+    problem = cp.Problem(cp.Minimize(cp.norm(x - p)), [x <= np.array([far, 1.0, far]), x >= -1])
+    layer = frontend.CvxpyLayer(problem, [p], [x])
+    (value,), (gradient,) = frontend.differentiable(layer)([np.array([2.0, -3.0, 0.5])], [np.ones(3)])
+    assert_close(value, np.array([2.0, -1.0, 0.5]), 1e-7)
+    assert_close(gradient, np.array([1.0, 0.0, 1.0]), 1e-6)
+
+
 def test_multipliers_of_all_rows(frontend, rng):
     problem, parameters, variables = ranged(rng)
     values = [2 * rng.standard_normal((5, 4)), np.linspace(0.05, 0.45, 5)]

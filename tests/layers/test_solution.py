@@ -87,6 +87,14 @@ def test_warm_start_for_a_part_of_the_batch(frontend, layer, values, solution):
     assert (frontend.numpy(warm.iterations)[lanes] == 0).all()
 
 
+def test_warm_start_of_another_problem_or_batch(layer, values, solution):
+    part = solution._replace(x=solution.x[:3], s=solution.s[:3], y=solution.y[:3])
+    other = solution._replace(x=solution.x[:, :-1])
+    for start, message in (part, r"x of shape \(3, 4\), expected \(4, 4\)"), (other, r"x of shape \(4, 3\)"):
+        with pytest.raises(ValueError, match=f"warm_start has {message}.*same problem for the same batch"):
+            layer.solve(*values, warm_start=start)
+
+
 def test_copies_give_equal_results(frontend, layer, values, solution):
     """Copied, pickled and unpickled after the layer has been called."""
     duplicate = pickle.loads(pickle.dumps(copy.deepcopy(layer)))

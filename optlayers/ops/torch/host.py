@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -131,8 +132,12 @@ def in_blocks(function, arrays, ndims, size):
 def _run_in_threads(work, parts):
     """As `map`, on as many threads as torch may use; BLAS gets one for each, since matrices are small."""
     contexts = (contextvars.copy_context() for _ in itertools.count())  # how numbers out of range are treated
-    with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    with _one_call, _libraries().limit(limits=1, user_api="blas"), pool:
         return [*pool.map(lambda part, context: context.run(work, part), parts, contexts)]
+
+
+_one_call = Lock()  # at a time: the last of calls that overlap would leave BLAS at one thread
 
 
 @functools.cache
