@@ -773,6 +773,20 @@ def test_failed_sample_does_not_spoil_shared_weights(policy):
 
 
 @pytest.mark.slow_to_compile
+@pytest.mark.parametrize("order", [1, 2])
+def test_cotangents_of_what_was_not_asked_for_are_not_read(frontend, order):
+    """They are NaN where a loss selects among NaN and numbers computed from NaN."""
+    t, xp = frontend.array([[0.0, 1.0, 2.0], [0.0, 1.0, np.nan]]), frontend.xp
+
+    def layer(w):
+        y = odeint(frontend, lambda t, y: w * y, frontend.array([[1.0], [1.0]]), t, order=order)
+        return (xp.where(xp.isnan(y), 0.0, y**2).sum(),)
+
+    _, (gradient,) = frontend.differentiable(layer)([np.array(0.5)], [np.array(1.0)])
+    assert_close(gradient, np.array(4 * np.exp(1.0) + 4 * np.exp(2.0)), 1e-5)
+
+
+@pytest.mark.slow_to_compile
 def test_step_limit(frontend):
     y, info = explosion(frontend, "nan", (0,), max_steps=2)
     assert frontend.numpy(info.status).tolist() == [Status.STEP_LIMIT.code]
