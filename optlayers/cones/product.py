@@ -268,6 +268,16 @@ def project(ops: Ops, cones: Cones, v: Array, start: Array | None = None) -> Arr
     return _map(ops, cones, lambda cone, x, near: cone.project(ops, x, near), v, starts)
 
 
+def pooled(ops: Ops, cones: Cones, v: Array, mean: bool) -> Array:
+    """v (B, m) with the entries of each cone replaced by the largest one, or by their mean."""
+
+    def pool(cone, x):
+        value = ops.sum(x, -1, keepdims=True) / cone.rows if mean else ops.amax(x, -1, keepdims=True)
+        return value + 0 * x
+
+    return _map(ops, cones, pool, v)
+
+
 def linearize(ops: Ops, cones: Cones, v: Array) -> Linearization:
     """Spectral data of D = dPi_K(v), an element of the generalised Jacobian: arrays with B in front."""
     blocks = cones.layout.blocks

@@ -69,7 +69,7 @@ MOST_TURNS = 4  # of ADMM with one penalty: what is left then needs another, or 
 class ConicSolve:
     """The solver as an opaque leaf: (P, q, A, b, l, u) and perhaps (x, s, y) to the solution.
 
-    It returns x, s, y; residual, status, iterations; whether x and y are unique; the rest is for `_derived`.
+    It returns x, s, y; residual, status, iterations; whether x and y are unique; the rest is for `derived`.
 
     Args:
         cones: the curved cones, in the last rows.
@@ -99,7 +99,7 @@ class ConicSolve:
         floats = lambda *own: [((batch, *shape), "float") for shape in own]
         return (
             floats((n,), (m,), (m,), ())
-            + [((batch,), "int")] * 4
+            + [((batch,), "int")] * 5
             + floats((n,), (m,), (n,), (m,), (1,), (1,), *normal.shapes(self.cones, n))
             + shapes(self.cones, batch, k)
         )
@@ -129,7 +129,7 @@ class ConicSolve:
             return None
         *solution, residual, iterations, x, v, D, E, c, cholesky, free, lower = solved
         unique = 0 * iterations + 1
-        facts = residual, 0 * iterations + Status.SOLVED.code, iterations, unique, unique
+        facts = residual, 0 * iterations + Status.SOLVED.code, iterations, unique, unique, 0 * iterations
         root = x, v, D, E, c, 0 * c + e, cholesky, free, lower
         rest = lambda data, _: tuple(self._solve(ops, *data))
         return [*ops.on_rows(iterations == 0, rest, inputs, Problem.ndims, (*solution, *facts, *root))]
@@ -169,12 +169,13 @@ class ConicSolve:
             data, ndims = (*problem, *scaling), (*Problem.ndims, *Scaling.ndims)
             progress = ops.on_rows(running, work, data, ndims, progress)
         best, status, iterations = conclude(ops, progress, self.eps)
-        factor, regularity = prepare(ops, self.cones, problem, best.v, self._final_factor(ops, problem, best))
+        factor = self._final_factor(ops, problem, best)
+        factor, regularity, is_rough = prepare(ops, self.cones, problem, best.v, factor)
         factor = _repair(ops, factor, ~is_usable(status))
         D, E, c = (ops.broadcast_to(part, (batch, part.shape[-1])) for part in scaling)
         s = project_linearized(ops, self.cones, problem.bounds, factor.linearization, best.v, 0)
         solution = scaling.restore(best.x, s, s - best.v)
-        facts = best.residual, status, iterations, *map(ops.to_int, regularity)
+        facts = best.residual, status, iterations, *map(ops.to_int, (*regularity, is_rough))
         root = best.x, best.v, D, E, c, factor.e, factor.cholesky, *factor.local
         return [*solution, *facts, *root, *flatten(factor.linearization)]
 

@@ -29,7 +29,7 @@ def derived(
     constants: Sequence[Array],
 ) -> tuple[Array, Array, Array]:
     """x, s and y with derivatives in the data up to `order`, where `usable(status)` says so."""
-    status, x_unique, y_unique, x, v, D, E, c, e, *factors = constants
+    status, x_unique, y_unique, is_rough, x, v, D, E, c, e, *factors = constants
     P, q, A, b, l, u = cleaned(ops, status, usable(status), Problem(*data))
     n, is_derived, rows = q.shape[-1], usable(status)[:, None], constraints(ops, cones, A)
     singular = is_usable(status) & (x_unique * y_unique == 0)
@@ -41,7 +41,7 @@ def derived(
     def invert(r, transposed, *frozen):
         return -ops.concat(_solve(ops, cones, (r[:, :n], r[:, n:]), transposed, *frozen), -1)
 
-    inverse = lambda r: ops.increment(invert, r, P, A, D, E, c, singular, e, *factors)
+    inverse = lambda r: ops.increment(invert, r, P, A, D, E, c, singular, is_rough > 0, e, *factors)
 
     def unscale(z):
         v = z[:, n:]
@@ -72,7 +72,7 @@ def adjoint(
     With d = -J^-T (cotangents of the scaled x and v), the equations P x + q + A'y and A x + s - b have the
     cotangents a = c D d_1 and e = E d_2.
     """
-    status, x_unique, y_unique, x, v, D, E, c, regularization, *factors = constants
+    status, x_unique, y_unique, is_rough, x, v, D, E, c, regularization, *factors = constants
     P, _, A, _, l, u = data = cleaned(ops, status, usable(status), Problem(*data))
     is_derived = usable(status)[:, None]
     singular = is_usable(status) & (x_unique * y_unique == 0)
@@ -87,7 +87,7 @@ def adjoint(
     slack = s_bar / E + y_bar * E / c  # of the scaled s
     v_bar = spectral(ops, cones, linearization, lambda d: d)(slack) - y_bar * E / c
     F = ops.where(is_derived, D * x_bar, 0.0), ops.where(is_derived, v_bar, 0.0)
-    d = _solve(ops, cones, F, True, P, A, D, E, c, singular, regularization, *factors)
+    d = _solve(ops, cones, F, True, P, A, D, E, c, singular, is_rough > 0, regularization, *factors)
     a, e = (ops.where(is_derived, z, 0.0) for z in (c * D * d[0], E * d[1]))
     x, y = D * x, (s - v) * E / c
 
@@ -108,13 +108,13 @@ def adjoint(
     return tuple(_summed(ops, bar, z) for z, bar in chosen)
 
 
-def _solve(ops, cones, F, transposed, P, A, D, E, c, singular, e, *factors) -> tuple[Array, Array]:
+def _solve(ops, cones, F, transposed, P, A, D, E, c, singular, is_rough, e, *factors) -> tuple[Array, Array]:
     """`solve_sensitivity` for the scaled problem, applied through the matrices of the unscaled one."""
     n = F[0].shape[-1]
     count = len(normal.shapes(cones, n))
     factor = Factor(factors[0], tuple(factors[1:count]), _linearization(cones, n, factors), e)
     P, A = Scaled(c * D, hessian(ops, P), D), Scaled(E, constraints(ops, cones, A), D)
-    return solve_sensitivity(ops, cones, P, A, factor, singular, F, transposed)
+    return solve_sensitivity(ops, cones, P, A, factor, singular, is_rough, F, transposed)
 
 
 def _linearization(cones: Cones, n: int, factors: Sequence[Array]) -> Linearization:

@@ -22,10 +22,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..cones import Cones
-from ..ops import Array, Ops
+from ..ops import Array, Ops, select
 from .normal import cholesky_solve, reduce
 from .products import batched, matvec, matvec_symmetric
 from .rows import curved_half, linearize, spectral
+
+MOST_STEPS = 8  # of iterative refinement; a condition number of 0.4 / e leaves an error of 1e-3 then
 
 
 class Problem(NamedTuple):
@@ -123,13 +125,21 @@ def solve_refined(
     factor: Factor,
     F: tuple[Array, Array],
     transposed: bool = False,
+    rough: Array | None = None,
 ) -> tuple[Array, Array]:
-    """(dx, dv) with J (dx, dv) = -F: `inverse`, and one step of iterative refinement with the exact J.
+    """(dx, dv) with J (dx, dv) = -F: `inverse`, and a step of iterative refinement with the exact J.
 
-    The regularisation e leaves a relative error of order e times the condition number; the step squares it.
+    The regularisation e leaves a relative error of order e times the condition number, by which each step
+    multiplies it again. Problems in `rough` (B,) get MOST_STEPS of them.
     """
     solve = inverse(ops, cones, A, factor, transposed)
-    dx, dv = solve(F)
-    J1, J2 = apply(ops, cones, P, A, factor.linearization, dx, dv, transposed)
-    ddx, ddv = solve((F[0] + J1, F[1] + J2))
-    return dx + ddx, dv + ddv
+
+    def improve(d):
+        J1, J2 = apply(ops, cones, P, A, factor.linearization, *d, transposed)
+        ddx, ddv = solve((F[0] + J1, F[1] + J2))
+        return d[0] + ddx, d[1] + ddv
+
+    if rough is None:
+        return improve(solve(F))
+    step = lambda state: (state[0] + 1, select(ops, rough | (state[0] < 2), improve(state[1]), state[1]))
+    return ops.repeat(1 + MOST_STEPS, step, (0, (0 * F[0], 0 * F[1])))[1]

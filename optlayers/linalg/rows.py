@@ -90,6 +90,14 @@ def project_linearized(
     return ops.concat([head, curved.project_linearized(ops, cones, lin.cones, v[:, k:], order)], -1)
 
 
+def whole_cones(ops: Ops, cones: Cones, rows: Array, mean: bool = False) -> Array:
+    """`rows` (B, m) with the entries of each curved cone replaced by the largest one, or by their mean."""
+    if not cones.rows:
+        return rows
+    k = rows.shape[-1] - cones.rows
+    return ops.concat([rows[:, :k], curved.pooled(ops, cones, rows[:, k:], mean)], -1)
+
+
 def unboundedness(
     ops: Ops, cones: Cones, bounds: tuple[Array, Array], y: Array, s: Array
 ) -> tuple[Array, Array, Array]:

@@ -1,14 +1,15 @@
 """The inverse of J that the derivative of a solution uses, also where J is singular.
 
-Where the solution is regular this is J^-1 with one step of refinement. Where solution or multipliers are not
-unique (redundant active rows, linear programs with an edge of solutions), J is singular and the derivative
-becomes the minimum-norm least-squares one. With M = (J + e S)^-1, S the sign of the regularisation, M r grows
-like 1 / e in the null space, but M J M r has no part there and is J^+ r up to O(e) on the rest; two
-iterations on its residual make the order e^3.
+Where the solution is regular this is J^-1, with one step of refinement, or as many as an ill-conditioned J
+takes. Where solution or multipliers are not unique (redundant active rows, linear programs with an edge of
+solutions), J is singular and the derivative becomes the minimum-norm least-squares one. With
+M = (J + e S)^-1, S the sign of the regularisation, M r grows like 1 / e in the null space, but M J M r has no
+part there and is J^+ r up to O(e) on the rest; two iterations on its residual make the order e^3.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,8 +31,14 @@ class Regularity(NamedTuple):
     y: Array
 
 
-def prepare(ops: Ops, cones: Cones, problem: Problem, v: Array, factor: Factor) -> tuple[Factor, Regularity]:
-    """A factor at v fit for `solve_sensitivity`, made anew only where `factor` is not, and the regularity."""
+def prepare(
+    ops: Ops, cones: Cones, problem: Problem, v: Array, factor: Factor
+) -> tuple[Factor, Regularity, Array]:
+    """A factor at v fit for `solve_sensitivity`, made anew only where `factor` is not.
+
+    Returns:
+        The factor; the regularity; and whether one step of refinement is too few (B,).
+    """
     e = ops.full((v.shape[0], 1), ops.eps(v) ** SINGULAR_REGULARIZATION, v)
 
     def mend(lanes, e, factor):
@@ -40,12 +47,16 @@ def prepare(ops: Ops, cones: Cones, problem: Problem, v: Array, factor: Factor) 
 
     # A Newton step from far out leaves more regularisation than is good for a derivative.
     factor = mend(~(factor.e <= e)[:, 0], 0 * e + ops.eps(v) ** 0.5, factor)
-    x_unique, y_unique = (error < 1e-3 for error in _probe(ops, cones, problem, factor))
-    return mend(~(x_unique & y_unique), e, factor), Regularity(x_unique, y_unique)
+    errors, is_rough = _probe(ops, cones, problem, factor)
+    x_unique, y_unique = (error < 1e-3 for error in errors)
+    return mend(~(x_unique & y_unique), e, factor), Regularity(x_unique, y_unique), is_rough
 
 
-def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[Array, Array]:
-    """Errors (B,) of x and y when J z = J z0 is solved for a fixed random z0: the part in the null space."""
+def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[tuple[Array, Array], Array]:
+    """Errors (B,) of x and y when J z = J z0 is solved for a fixed random z0: the part in the null space.
+
+    And whether they were not small after one step of refinement.
+    """
     batch, n = problem.q.shape
     m = problem.b.shape[-1]
     z0 = np.random.default_rng(0).standard_normal(n + m)
@@ -53,9 +64,13 @@ def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[Ar
     dx, dv = z0[:, :n], z0[:, n:]
     P, A = hessian(ops, problem.P), constraints(ops, cones, problem.A)
     r = apply(ops, cones, P, A, factor.linearization, dx, dv)
-    x, v = solve_refined(ops, cones, P, A, factor, r)
     dy = spectral(ops, cones, factor.linearization, lambda d: 1 - d)  # of dv, with the other sign
-    return norm(ops, x + dx), norm(ops, dy(v + dv))
+    errors = lambda d: (norm(ops, d[0] + dx), norm(ops, dy(d[1] + dv)))
+    solve = partial(solve_refined, ops, cones, P, A, factor)
+    found = errors(solve(r))
+    is_rough = ~(ops.maximum(*found) <= ops.eps(dx) ** 0.5)
+    more = lambda r, _: errors(solve(r, rough=is_rough))
+    return ops.cond(ops.any(is_rough), more, lambda _, found: found, r, found), is_rough
 
 
 def solve_sensitivity(
@@ -65,19 +80,19 @@ def solve_sensitivity(
     A: Any,
     factor: Factor,
     singular: Array,
+    is_rough: Array,
     F: tuple[Array, Array],
     transposed: bool = False,
 ) -> tuple[Array, Array]:
     """(dx, dv) with J (dx, dv) = -F, in the sense of least squares for the `singular` problems (B,).
 
-    With `transposed`, the transpose of that map.
+    With `transposed`, the transpose of that map. One step of refinement serves where none `is_rough` (B,).
     """
     M = inverse(ops, cones, A, factor, transposed)
     J = lambda d: apply(ops, cones, P, A, factor.linearization, *d, transposed)
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])
 
-    def refined(F):
-        return solve_refined(ops, cones, P, A, factor, F, transposed)
+    refined = partial(solve_refined, ops, cones, P, A, factor, transposed=transposed)
 
     def least_squares(F):
         # With the residual in the state one body serves the first solve and the iterations on its residual.
@@ -90,6 +105,6 @@ def solve_sensitivity(
         return ops.repeat(3, improve, ((0 * F[0], 0 * F[1]), F))[0]
 
     def both(F):
-        return select(ops, singular, least_squares(F), refined(F))
+        return select(ops, singular, least_squares(F), refined(F, rough=is_rough))
 
-    return ops.cond_or_both(ops.any(singular), both, refined, F)
+    return ops.cond_or_both(ops.any(singular | is_rough), both, refined, F)

@@ -27,6 +27,7 @@ from .refinement import Point, refine
 from .scaling import Scaling
 
 RUNNING = -1
+FAR = 1e7
 
 
 class Direction(NamedTuple):
@@ -159,7 +160,8 @@ def certify(ops: Ops, cones: Cones, problem: Problem, direction: Direction, eps:
 
     Primal: A'y = 0 and b'y below the least s'y over the set of s. Dual: P x = 0, q'x < 0 and -A x a
     direction in which that set is unbounded (Banjac et al. 2019). All relative to the size of y and x and in
-    the equilibrated problem: in the user's units 1e-6 x <= 1 would not stop a large x.
+    the equilibrated problem: in the user's units 1e-6 x <= 1 would not stop a large x. Where the small x'P x
+    has a minimum along x, that is at least FAR away.
     """
     dx, dy = direction
     y_size, x_size = norm(ops, dy), norm(ops, dx)
@@ -168,6 +170,7 @@ def certify(ops: Ops, cones: Cones, problem: Problem, direction: Direction, eps:
     Aty, Ax = matvec(A.mT, dy), matvec(A, dx)
     Px = matvec_symmetric(hessian(ops, problem.P), dx)
     least, outside, inside = unboundedness(ops, cones, problem.bounds, dy, -Ax)
+    slope = ops.sum(problem.q * dx, -1)
     primal = (
         (y_size > tiny)
         & (norm(ops, Aty) <= eps * y_size)
@@ -178,7 +181,8 @@ def certify(ops: Ops, cones: Cones, problem: Problem, direction: Direction, eps:
         (x_size > tiny)
         & (norm(ops, Px) <= eps * x_size)
         & (norm(ops, Ax + inside) <= eps * x_size)
-        & (ops.sum(problem.q * dx, -1) < -eps * x_size * norm(ops, problem.q))
+        & (slope < -eps * x_size * norm(ops, problem.q))
+        & (slope * x_size < -FAR * ops.sum(dx * Px, -1))
     )
     code = ops.where(dual, Status.DUAL_INFEASIBLE.code, RUNNING)
     return ops.where(primal, Status.PRIMAL_INFEASIBLE.code, code)

@@ -13,9 +13,11 @@ from typing import NamedTuple
 from ..cones import Cones
 from ..linalg.kkt import Factor, Problem, factorize_at, inverse, solve_refined
 from ..linalg.products import constraints, hessian, matvec, matvec_symmetric, norm
-from ..linalg.rows import linearize, project_linearized
+from ..linalg.rows import linearize, project_linearized, whole_cones
 from ..ops import Array, Ops, select
 from .scaling import Scaling
+
+ROUNDING = 5e10  # 50 times what rounding leaves of a sum of numbers of size one, in units of 1e-9
 
 
 class Point(NamedTuple):
@@ -31,11 +33,11 @@ class Point(NamedTuple):
 
 
 class Units(NamedTuple):
-    """What residuals are relative to: they are small where `dual` F_1 and `primal` F_2 are.
+    """What residuals are relative to.
 
-    dual (B, n) and primal (B, m) bring them to the units of the user's problem, where q and b have the sizes
-    of `given` (B, 2) and 1 stands for `one` (B, 2): for the size where it is smaller and not zero, so that
-    tiny data are as accurate as others.
+    dual (B, n) and primal (B, m) bring F_1 and F_2 to the units of the user's problem, where q and b have the
+    sizes of `given` (B, 2) and 1 stands for `one` (B, 2): for the size where it is smaller and not zero, so
+    that tiny data are as accurate as others.
     """
 
     dual: Array
@@ -54,9 +56,11 @@ def units(ops: Ops, problem: Problem, scaling: Scaling) -> Units:
 
 
 def evaluate(ops: Ops, cones: Cones, problem: Problem, units: Units, x: Array, v: Array):
-    """F at (x, v), the larger of its two relative residuals, whether that may be relied on, and D at v.
+    """F at (x, v), the largest of its relative residuals, whether that may be relied on, and D at v.
 
-    The primal one is relative to the larger of b and A x, plus one; the dual one to that of q and A'y.
+    That of a row, or of a curved cone, is relative to the larger of b and A x there, plus one; that of a
+    column to the larger of q and A'y. So a large number hides no error elsewhere, but for what rounding may
+    leave beside x and y.
     """
     linearization = linearize(ops, cones, problem.bounds, v)
     # As `project`, but with the roots and eigenvectors that were found just now.
@@ -65,11 +69,19 @@ def evaluate(ops: Ops, cones: Cones, problem: Problem, units: Units, x: Array, v
     A = constraints(ops, cones, problem.A)
     Aty, Ax = matvec(A.mT, s - v), matvec(A, x)
     F = Px + problem.q + Aty, Ax + s - problem.b
-    pairs = ((F[0], Aty, units.dual), (F[1], Ax, units.primal))
-    residual, term = (ops.stack([norm(ops, pair[i] * pair[2]) for pair in pairs], -1) for i in (0, 1))
-    error = ops.amax(residual / (units.one + ops.maximum(units.given, term)), -1)
-    is_resolved = _is_resolved(ops, problem, units, s, F[1]) if cones.rows else error == error
-    return F, error, is_resolved, linearization
+    rounding = min(ROUNDING * ops.eps(x), 1.0)
+    x_size, y_size = rounding * norm(ops, x)[:, None], rounding * norm(ops, s - v)[:, None]
+    terms = (
+        ops.maximum(abs(problem.q), abs(Aty)) + x_size + y_size,
+        ops.maximum(abs(problem.b), abs(Ax)) + x_size,
+    )
+    terms = terms[0], whole_cones(ops, cones, terms[1])
+    errors = [
+        norm(ops, part * unit / (one[:, None] + term * unit))
+        for part, term, unit, one in zip(F, terms, units[:2], (units.one[:, 0], units.one[:, 1]), strict=True)
+    ]
+    is_resolved = _is_resolved(ops, problem, units, s, F[1]) if cones.rows else errors[0] == errors[0]
+    return F, ops.maximum(*errors), is_resolved, linearization
 
 
 def _is_resolved(ops: Ops, problem: Problem, units: Units, s: Array, F2: Array) -> Array:

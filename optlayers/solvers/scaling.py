@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 from ..cones import Cones
 from ..linalg.kkt import Problem
 from ..linalg.products import constraints, hessian, matvec, matvec_symmetric, spread
+from ..linalg.rows import whole_cones
 from ..ops import Array, Ops
 
 
@@ -57,18 +56,25 @@ def _balance(ops: Ops, cones: Cones, passes: int, P: Array, A: Array) -> tuple[A
     """D, E and the norms of the columns of D P D."""
     P2, A2 = hessian(ops, P**2), constraints(ops, cones, A**2)
     batch = max(len(M) if M.ndim == 3 else 1 for M in (P, A))
-    D = ops.full((batch, P.shape[-2]), 1.0, P)
-    # Rows first: a row 1e8 times longer than the others would otherwise shrink the columns that it meets.
-    rows = _cone_means(ops, cones, matvec(A2, D))
-    no_row = ops.cast(rows <= 0, D)  # added, so that rows and columns of zeros stay as they are
-    E = 1 / ops.sqrt(rows + no_row)
-    no_column = ops.cast(matvec_symmetric(P2, D) + matvec(A2.mT, E) <= 0, D)
+    own = ops.sqrt(matvec_symmetric(P2, ops.full((batch, P.shape[-2]), 1.0, P)))
+    D2 = 1 / ops.where(own > 0, own, 1.0)
+    # A row that defines a variable of P, which no other row has, is in units of that, as residuals may be of
+    # data of any size. Others get size one first: one 1e8 times longer would shrink columns that it meets.
+    all_rows = whole_cones(ops, cones, matvec(A2, D2), mean=True)
+    entries = constraints(ops, cones, ops.cast(A != 0, A))
+    is_defined = (own > 0) & (matvec(entries.mT, 1 + 0 * all_rows) == 1)
+    rows = whole_cones(ops, cones, matvec(A2, ops.where(is_defined, D2, 0.0)), mean=True)
+    no_row = ops.cast(all_rows <= 0, D2)  # added, so that rows and columns of zeros stay as they are
+    E = 1 / ops.sqrt(ops.where(rows > 0, rows, all_rows) + no_row)
+    columns = own + matvec(A2.mT, E * E)
+    no_column = ops.cast(columns <= 0, D2)
+    D = 1 / ops.sqrt(columns + no_column)
 
     def balance(state):
         D, E = state
         D2, E2 = D * D, E * E
         columns = D2 * (matvec_symmetric(P2, D2) + matvec(A2.mT, E2)) + no_column
-        rows = _cone_means(ops, cones, E2 * matvec(A2, D2)) + no_row
+        rows = whole_cones(ops, cones, E2 * matvec(A2, D2), mean=True) + no_row
         return D / ops.sqrt(ops.sqrt(columns)), E / ops.sqrt(ops.sqrt(rows))
 
     D, E = ops.repeat(passes, balance, (D, E))
@@ -115,20 +121,3 @@ def _scale_constraints(ops: Ops, cones: Cones, A: Array, E: Array, D: Array) -> 
     n = D.shape[-1] - cones.local
     own = (E[:, None] * spread(ops, cones, D[:, n:], A.shape[-2])).mT
     return ops.concat([_scale_matrix(A[..., :n], E, D[:, :n]), _scale(A[..., n:], own)], -1)
-
-
-def _cone_means(ops: Ops, cones: Cones, rows: Array) -> Array:
-    """`rows` (B, m) with the entries of each curved cone, at the end, replaced by their mean."""
-    if not cones.rows:
-        return rows
-    k = rows.shape[-1] - cones.rows
-    cone_of_row, share = (ops.constant(array, rows) for array in _membership(cones))
-    means = ops.scatter_add(rows[:, k:] * share[None], cone_of_row, cones.rows)
-    return ops.concat([rows[:, :k], ops.take(means, cone_of_row)], -1)
-
-
-def _membership(cones: Cones) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of the curved cones, the number of its cone and 1 / (rows of its cone)."""
-    psd = [k * (k + 1) // 2 for k in cones.psd]
-    sizes = [*cones.soc, *psd, *[3] * cones.exp, *(len(weights) + 1 for weights in cones.pow)]
-    return np.repeat(np.arange(len(sizes)), sizes), 1 / np.repeat(np.array(sizes, float), sizes)

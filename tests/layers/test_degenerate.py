@@ -1,5 +1,6 @@
 """Where multipliers, solution or derivative are not unique: right values, finite derivatives, and told so."""
 
+import itertools
 from typing import NamedTuple
 
 import cvxpy as cp
@@ -221,3 +222,53 @@ def test_equal_bounds(frontend, iterations, rng):
     assert (abs(pressed) > 1e-3).all() and (pressed > 0).any() and (pressed < 0).any()
     assert (l_bar[:, :3][pressed > 0] == 0).all() and (abs(l_bar[:, :3][pressed < 0]) > 1e-6).all()
     assert (u_bar[:, :3][pressed < 0] == 0).all() and (abs(u_bar[:, :3][pressed > 0]) > 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype, scales", [("float64", (1e2, 1e4, 1e6)), ("float32", (1e1, 1e3))])
+def test_least_squares_in_other_units(frontend, rng, dtype, scales):
+    """Rows of any size meet residuals with coefficients of one."""
+    x, A, b = cp.Variable(4), cp.Parameter((6, 4)), cp.Parameter(6)
+    ridge = cp.Parameter(nonneg=True)
+    cost = cp.sum_squares(A @ x - b) + ridge * cp.sum_squares(x)
+    layer = frontend.CvxpyLayer(cp.Problem(cp.Minimize(cost)), [A, b, ridge], [x])
+    data, weights = rng.standard_normal((6, 5)), rng.standard_normal(4)
+    for scale, small in itertools.product(scales, (0.0, 1e-4, 1.0)):
+        F, g = scale * data[:, :4], scale * data[:, 4]
+        (solution,), gradients = frontend.differentiable(layer, dtype)([F, g, small], [weights])
+        hessian = F.T @ F + small * np.eye(4)
+        u = np.linalg.solve(hessian, weights)
+        expected = np.outer(g - F @ solution, u) - np.outer(F @ u, solution), F @ u, -u @ solution
+        assert_close(solution, np.linalg.solve(hessian, F.T @ g), 1e-9 if dtype == "float64" else 1e-5)
+        for gradient, wanted in zip(gradients, expected, strict=True):
+            size = np.abs(wanted).max()
+            assert_close(gradient / size, wanted / size, 1e-7 if dtype == "float64" else 1e-3)
+
+
+@pytest.mark.parametrize("dtype, condition", [("float64", 1e6), ("float32", 300.0)])
+def test_ill_conditioned_but_unique(frontend, rng, dtype, condition):
+    """Derivatives are as right as the data let them be, and are told to be those of a unique solution."""
+    Q = np.linalg.qr(rng.standard_normal((6, 6)))[0]
+    P, q, w = (
+        Q @ np.diag(np.geomspace(1 / condition, 1, 6)) @ Q.T,
+        rng.standard_normal(6),
+        rng.standard_normal(6),
+    )
+
+    def solve(q):
+        return (frontend.module.solve_qp(frontend.array(P, dtype), q).x,)
+
+    _, (gradient,) = frontend.differentiable(solve, dtype)([q], [w])
+    wanted = -np.linalg.solve(P, w)
+    tolerance = 1e-8 if dtype == "float64" else 1e-2
+    assert_close(gradient / np.abs(wanted).max(), wanted / np.abs(wanted).max(), tolerance)
+    rows, bounds = np.array([[1.0, 1.0], [1.0, 1.0 + 3 / condition**0.5]]), np.array([1.0, 1.0])
+    data = [frontend.array(z, dtype) for z in (np.eye(2), -np.array([1.0, 0.0]) - rows.sum(0), rows)]
+
+    def pressed(u):
+        return (frontend.module.solve_qp(*data, None, u).x,)
+
+    solution = frontend.module.solve_qp(*data, None, frontend.array(bounds, dtype))
+    assert frontend.numpy(solution.y).min() > 0 and all(map(bool, map(frontend.numpy, solution.regularity)))
+    _, (gradient,) = frontend.differentiable(pressed, dtype)([bounds], [np.array([1.0, 0.0])])
+    wanted = np.linalg.solve(rows.T, [1.0, 0.0])
+    assert_close(gradient / np.abs(wanted).max(), wanted / np.abs(wanted).max(), tolerance)

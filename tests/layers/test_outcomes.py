@@ -186,6 +186,49 @@ def test_scaled_row(torch_frontend, scale):
         assert_close(actual * (scale if i else 1.0), other, 1e-6, kind.parameters[i].name())
 
 
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize(
+    "dtype, large", [("float64", 1e6), ("float64", 1e9), ("float64", 1e11), ("float32", 1e4)]
+)
+def test_large_numbers_hide_no_error_in_other_rows(frontend, rng, dtype, large):
+    """One row is far away, the others are close to one another: solutions are those without it."""
+    A, q = rng.standard_normal((100, 7, 2)), 3 * rng.standard_normal((100, 2))
+    b = A @ np.array([0.5, -0.5]) + 0.05 * rng.uniform(size=(100, 7))
+    shape = {"cones": frontend.module.Cones(nonneg=7), "on_failure": "mask"}
+    solutions = []
+    for side in (100.0, large):
+        b[:, 0] = side
+        data = [frontend.array(z, dtype) for z in (0.2 * np.eye(2), q, A, b)]
+        solutions.append(frontend.module.solve_conic(*data, **shape))
+        assert np.mean(frontend.numpy(solutions[-1].status) == 0) > 0.9
+    solved = [frontend.numpy(solution.status) == 0 for solution in solutions]
+    near, far = (frontend.numpy(solution.x)[solved[0] & solved[1]] for solution in solutions)
+    assert_close(far, near, 1e-7 if dtype == "float64" else 1e-2)
+
+
+@pytest.mark.parametrize("large", [1e5, 1e9, 1e14])
+@pytest.mark.parametrize("gap", [1e-2, 1.0])
+def test_large_numbers_hide_no_contradiction(torch_frontend, gap, large):
+    x, p, top, low = cp.Variable(3), cp.Parameter(3), cp.Parameter(), cp.Parameter()
+    rows = [x[0] <= top, x[1] >= low, x[1] <= 0, x[1] + x[2] <= 1]
+    for cost in (cp.sum_squares(x - p), cp.norm(x - p)):
+        layer = torch_frontend.CvxpyLayer(cp.Problem(cp.Minimize(cost), rows), [p, top, low], [x])
+        with pytest.raises(SolveError):
+            layer(*map(torch_frontend.array, (np.arange(1.0, 4.0), large, gap)))
+
+
+def test_a_distant_minimum_is_no_proof_that_there_is_none(torch_frontend, rng):
+    L = rng.standard_normal((10, 5))
+    P, q = L @ L.T + 1e-5 * np.eye(10), rng.standard_normal(10)
+    for seen in (1e-9, 1e-12):
+        data = map(torch_frontend.array, (P, q))
+        solution = torch_frontend.module.solve_qp(*data, eps=seen, on_failure="mask")
+        assert list(Status)[int(solution.status)] in (Status.SOLVED, Status.INACCURATE)
+        expected = -np.linalg.solve(P, q)
+        size = np.abs(expected).max()
+        assert_close(torch_frontend.numpy(solution.x) / size, expected / size, 1e-7)
+
+
 # No constraints at all.
 
 

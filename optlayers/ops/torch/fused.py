@@ -100,7 +100,7 @@ def _solve_refined(P, A, Hinv, T, free, F1, F2):
 
 
 @triton.jit
-def _evaluate(P, A, q, b, l, u, x, v, dual, primal, q_size, b_size):
+def _evaluate(P, A, q, b, l, u, x, v, dual, primal, q_size, b_size, e):
     """F, s, free, lower and the relative residual: `optlayers.solvers.refinement.evaluate`."""
     lower = v <= l
     is_free = (v > l) & (v < u)
@@ -109,8 +109,12 @@ def _evaluate(P, A, q, b, l, u, x, v, dual, primal, q_size, b_size):
     F1, F2 = _times(P, x) + q + Aty, Ax + s - b
     q_one = tl.where(q_size > 0, tl.minimum(tl.maximum(q_size, 1e-12), 1.0), 1.0)
     b_one = tl.where(b_size > 0, tl.minimum(tl.maximum(b_size, 1e-12), 1.0), 1.0)
-    dual_error = _largest(F1 * dual) / (q_one + tl.maximum(q_size, _largest(Aty * dual)))
-    primal_error = _largest(F2 * primal) / (b_one + tl.maximum(b_size, _largest(Ax * primal)))
+    rounding = tl.minimum(5e10 * e * e, 1.0)
+    x_size, y_size = rounding * _largest(x), rounding * _largest(s - v)
+    columns = tl.maximum(tl.abs(q), tl.abs(Aty)) + x_size + y_size
+    rows = tl.maximum(tl.abs(b), tl.abs(Ax)) + x_size
+    dual_error = _largest(F1 * dual / (q_one + columns * dual))
+    primal_error = _largest(F2 * primal / (b_one + rows * primal))
     free = tl.where(is_free, 1.0, 0.0).to(x.dtype)
     return F1, F2, s, free, tl.where(lower, 1.0, 0.0).to(x.dtype), tl.maximum(dual_error, primal_error)
 
@@ -143,11 +147,15 @@ def _kernel(
 
     # Equilibration: `optlayers.solvers.scaling.equilibrate`.
     P2, A2 = P * P, A * A
-    D = tl.full([N], 1.0, P.dtype)
-    rows = tl.sum(A2, 1)
-    no_row = tl.where(rows > 0, 0.0, 1.0).to(P.dtype)
-    E = 1 / tl.sqrt(rows + no_row)
-    no_column = tl.where(tl.sum(P2, 1) + _transposed_times(A2, E) > 0, 0.0, 1.0).to(P.dtype)
+    own = tl.sqrt(tl.sum(P2, 1))
+    D2 = 1 / tl.where(own > 0, own, 1.0)
+    is_defined = (tl.sum(tl.where(A2 > 0, 1, 0), 0) == 1) & (own > 0)
+    rows, all_rows = _times(A2, tl.where(is_defined, D2, 0.0)), _times(A2, D2)
+    no_row = tl.where(all_rows > 0, 0.0, 1.0).to(P.dtype)
+    E = 1 / tl.sqrt(tl.where(rows > 0, rows, all_rows) + no_row)
+    columns = own + _transposed_times(A2, E * E)
+    no_column = tl.where(columns > 0, 0.0, 1.0).to(P.dtype)
+    D = 1 / tl.sqrt(columns + no_column)
     for _pass in range(passes):
         D2, E2 = D * D, E * E
         columns = D2 * (_times(P2, D2) + _transposed_times(A2, E2)) + no_column
@@ -176,7 +184,7 @@ def _kernel(
             w = w + alpha * (b - _times(A, x) - s)
             s = tl.minimum(tl.maximum(w, l), u)
         v, k = s - R * (s - w), 0
-        F1, F2, t, free, lower, error = _evaluate(P, A, q, b, l, u, x, v, dual, primal, q_size, b_size)
+        F1, F2, t, free, lower, error = _evaluate(P, A, q, b, l, u, x, v, dual, primal, q_size, b_size, e)
         while k <= steps:
             better = error < best
             best_x, best_v = tl.where(better, x, best_x), tl.where(better, v, best_v)
@@ -187,13 +195,13 @@ def _kernel(
                 dx, dv = _solve_refined(P, A, inverse, T, free, F1, F2)
                 x, v, k = x + dx, v + dv, k + 1
                 F1, F2, t, free, lower, error = _evaluate(
-                    P, A, q, b, l, u, x, v, dual, primal, q_size, b_size
+                    P, A, q, b, l, u, x, v, dual, primal, q_size, b_size, e
                 )
             else:
                 k = steps + 1
         turn += 1
     x, v = best_x, best_v
-    F1, F2, s, free, lower, error = _evaluate(P, A, q, b, l, u, x, v, dual, primal, q_size, b_size)
+    F1, F2, s, free, lower, error = _evaluate(P, A, q, b, l, u, x, v, dual, primal, q_size, b_size, e)
 
     # The factor, and the probe of `optlayers.linalg.sensitivity`.
     T = (1 - free) / (free + e)
@@ -207,7 +215,7 @@ def _kernel(
     irregular = tl.maximum(_largest(back_x + dx), _largest((1 - free) * (back_v + dv)))
     ordered = tl.min(tl.where(l <= u, 1, 0)) > 0
     nothing = tl.sum(0 * x) + tl.sum(0 * v)  # largest entries may leave out NaN
-    solved = (error <= accept) & (irregular < 1e-3) & (least > 0) & ordered & (nothing == 0)
+    solved = (error <= accept) & (irregular < e) & (least > 0) & ordered & (nothing == 0)
 
     vector, row = lane * n + j, lane * m + i
     tl.store(x_out + vector, D * x, mask=in_x)
