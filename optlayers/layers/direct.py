@@ -131,6 +131,8 @@ def _prepare(ops: Ops, names: Sequence[str], data: Sequence[Array | None], axes:
         if batch and lead and batch != lead:
             raise ValueError(f"{name} has batch axes {batch}, but an earlier argument has {lead}")
         lead = lead or batch
+    if not sizes["n"]:
+        raise ValueError("q has no entries, so there is nothing to solve for")
     sizes.setdefault("m", 0)
     missing = {"l": -np.inf, "u": np.inf}
     arrays = []

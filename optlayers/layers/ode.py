@@ -121,6 +121,9 @@ class InitialValueProblem:
             report = lambda status, time: check(status, time, "at t = {:.6g}")
             ops.on_host(report, axes.lane(outcome.status), axes.lane(outcome.time * sign))
 
+        if log is not None and self.on_failure != "ignore":
+            # Steps of failed samples, which have no derivatives, are not taken again: they might end in NaN.
+            log = log._replace(length=ops.where(outcome.status == Status.SOLVED.code, log.length, 0))
         if not ops.is_constant(times):
             early = ops.stop_gradient(times[:, 0]) - times[:, 0]
             inputs[0] = flow(lambda t, y: system.field(t, y, theta), times[:, 0], y, early)
@@ -137,6 +140,8 @@ class InitialValueProblem:
         failed = (outcome.status != Status.SOLVED.code)[:, None, None]
         if self.on_failure in ("raise", "nan"):
             return ops.where(failed, ops.nan, results)
+        if self.on_failure == "mask":
+            results = ops.where(failed, solved.results, results)
         held = ops.where(failed & ~ops.isfinite(results), ops.stop_gradient(solved.end)[:, None], results)
         return ops.where(failed, ops.stop_gradient(held), held) if self.on_failure == "mask" else held
 

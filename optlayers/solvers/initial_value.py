@@ -64,7 +64,7 @@ class Grid(NamedTuple):
     def blank(self, ops: MatrixFreeOps, y: Array) -> Array:
         """Results of which only the first is known, where it is asked for: the start y."""
         start = ops.where(self.count[:, None] > 0, y, ops.nan)[:, None]
-        rest = ops.full((y.shape[0], self.rows, y.shape[1]), ops.nan, y) + 0 * y[:, None]
+        rest = ops.full((y.shape[0], self.rows, y.shape[1]), ops.nan, y) + 0 * ops.stop_gradient(y)[:, None]
         return ops.concat([start, rest], 1)
 
     def jump_rows(self, ops: MatrixFreeOps, jump: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -33,6 +34,7 @@ class CompiledProgram:
         from ..jax import compiled
 
         self._arguments, self._run = (function, axes), compiled.CompiledFunction(function, axes)
+        self._process = os.getpid()  # of which a fork has not the threads of XLA
 
     def __reduce__(self):  # without what is compiled
         return type(self), self._arguments
@@ -48,7 +50,7 @@ class CompiledProgram:
     ) -> Any:
         """`plain(values)`: the variables, or the `whole` solution; where XLA does not serve, `plain` does."""
         solvers = tuple(solver for solver in layer.solve.solvers if not isinstance(solver, Host))
-        if not solvers:
+        if not solvers or os.getpid() != self._process:
             return plain(values)
         own = replace(layer, solve=replace(layer.solve, solvers=solvers))
         needed = [torch.is_grad_enabled() and x.requires_grad for x in values]

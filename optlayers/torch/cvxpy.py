@@ -29,8 +29,8 @@ class CvxpyLayer(torch.nn.Module):
     """With `compiled` it runs on a CPU as one program that XLA compiles, through JAX, which has to be there,
     after some seconds for each set of shapes: small batches and problems in curved cones in a half to a third
     of the time. What that does not serve goes the usual way: tensors on a GPU, second derivatives and
-    forward mode, `torch.func`, `torch.compile`, a `gradient` that is not exact, large sparse problems, and
-    batches with problems that stay unfinished.
+    forward mode, `torch.func`, `torch.compile`, a `gradient` that is not exact, large sparse problems,
+    batches with problems that stay unfinished, and forked processes, as workers of a DataLoader are.
 
     Example:
         >>> import cvxpy as cp, torch

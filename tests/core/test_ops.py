@@ -769,8 +769,10 @@ def test_surrogate_gradient_of_torch(torch):
     assert_close(gradient, [4.0, 16.0])
     with pytest.raises(NotImplementedError, match="no derivative of its own"):
         gradient.sum().backward()
-    with pytest.raises(RuntimeError):
-        torch.func.jvp(layer, (x,), (x,))
+    total = lambda x: layer(x)[0].sum()
+    for transformed in (torch.func.grad(total), torch.func.vmap(layer), torch.func.jacfwd(total)):
+        with pytest.raises(NotImplementedError, match=r"backward\(\) alone"):
+            transformed(x)
 
 
 def test_surrogate_gradient_of_jax():

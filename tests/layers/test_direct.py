@@ -202,3 +202,10 @@ def test_warm_start_of_another_problem(frontend):
     start = solve(eye[:2, :2], eye[:, :2])
     with pytest.raises(ValueError, match=r"warm_start has x of shape \(3, 2\), expected \(3, 3\)"):
         solve(eye, eye, warm_start=start)
+
+
+def test_no_variables(frontend):
+    empty = frontend.array(np.zeros((0, 0)))
+    for P in (empty, sp.coo_array((0, 0))):
+        with pytest.raises(ValueError, match="nothing to solve for"):
+            frontend.module.solve_qp(P, frontend.array(np.zeros(0)))

@@ -91,17 +91,20 @@ class Solutions:
     "ignore:os.fork:RuntimeWarning",
     "ignore:This DataLoader will create:UserWarning",  # on a single core
 )
-def test_workers_of_a_data_loader(start, family):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_workers_of_a_data_loader(start, family, compiled):
     torch = pytest.importorskip("torch")
     from optlayers.torch import CvxpyLayer
 
-    layer = CvxpyLayer(family.problem, family.parameters, family.variables)
+    if compiled:
+        pytest.importorskip("jax")
+    layer = CvxpyLayer(family.problem, family.parameters, family.variables, compiled=compiled)
     rng = np.random.default_rng(0)
     values = [[torch.tensor(np.asarray(v)) for v in family.sample(rng)] for _ in range(4)]
-    loader = torch.utils.data.DataLoader(
-        Solutions(layer, values), batch_size=2, num_workers=2, multiprocessing_context=start
-    )
     expected = torch.stack([layer(*v)[0] for v in values])
+    loader = torch.utils.data.DataLoader(
+        Solutions(layer, values), batch_size=2, num_workers=2, multiprocessing_context=start, timeout=60
+    )
     torch.testing.assert_close(torch.cat(list(loader)), expected)
 
 

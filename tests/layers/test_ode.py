@@ -757,6 +757,35 @@ def test_masked_samples_have_no_gradient(frontend, adjoint):
     assert_close(gradients[1], np.sum(0.01 * t[0] / ahead**2), 1e-3)
 
 
+@pytest.mark.parametrize("policy", ["nan", "mask"])
+def test_failed_sample_does_not_spoil_shared_weights(policy):
+    """Near the edge of the field's domain implicit stages, solved to a tolerance, may leave it when they are
+    solved again."""
+    frontend = torch_frontend()
+    nan, w = frontend.array(np.nan), frontend.array(0.7).requires_grad_()
+    field = lambda t, y: w * frontend.xp.where(y > 1.5, nan, y * y)
+    y0, t = frontend.array([[0.5], [1.4]]), frontend.array([[0.0, 1.0]] * 2)
+    options = {"method": "kvaerno5", "on_failure": policy, "max_steps": 300, "return_info": True}
+    y, info = odeint(frontend, field, y0, t, **options)
+    y[0, -1].sum().backward()
+    assert info.status[1] != Status.SOLVED.code
+    assert_close(frontend.numpy(w.grad), np.array(0.25 / 0.65**2), 1e-5)
+
+
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("order", [1, 2])
+def test_cotangents_of_what_was_not_asked_for_are_not_read(frontend, order):
+    """They are NaN where a loss selects among NaN and numbers computed from NaN."""
+    t, xp = frontend.array([[0.0, 1.0, 2.0], [0.0, 1.0, np.nan]]), frontend.xp
+
+    def layer(w):
+        y = odeint(frontend, lambda t, y: w * y, frontend.array([[1.0], [1.0]]), t, order=order)
+        return (xp.where(xp.isnan(y), 0.0, y**2).sum(),)
+
+    _, (gradient,) = frontend.differentiable(layer)([np.array(0.5)], [np.array(1.0)])
+    assert_close(gradient, np.array(4 * np.exp(1.0) + 4 * np.exp(2.0)), 1e-5)
+
+
 @pytest.mark.slow_to_compile
 def test_step_limit(frontend):
     y, info = explosion(frontend, "nan", (0,), max_steps=2)

@@ -192,4 +192,9 @@ class _Surrogate(torch.autograd.Function):
 
 
 def surrogate_gradient(values, inputs, backward):
+    if not torch.compiler.is_compiling() and is_dual():
+        raise NotImplementedError(
+            "this gradient is that of backward() alone; under torch.func and in forward mode use "
+            "gradient='exact' or 'smoothed', or adjoint=Discrete()"
+        )
     return _Surrogate.apply(backward, len(values), *(v.detach() for v in values), *inputs)
