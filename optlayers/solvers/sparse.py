@@ -5,7 +5,7 @@ Two functions of NumPy arrays are offered to the frameworks: `SparseSolve.solve`
 each (B, N), of which those at the same place add up; P stands for (P + P') / 2. Vectors are q (B, n),
 b (B, m), l and u (B, k); B is 1 where the batch shares one. All arrays may have further axes in front, of
 equal length or of length 1. Problems are solved one after the other, in threads.
-A factorisation does not outlive its call: SciPy frees one only in the thread that made it.
+SciPy frees a factorisation only in the thread that made it, and so each thread keeps its own latest one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import local
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,10 @@ from .scaling import Scaling
 
 # Arrays that describe P and A, in front of all others.
 MATRIX_ARRAYS = 6
+
+_latest = (
+    local()
+)  # of a thread: what defines a system, and its factor; the derivative asks for that of the solve
 
 
 class _Memo(defaultdict[Host, list]):
@@ -121,7 +126,7 @@ class SparseSolve:
         D, E, c, *flat = (np.asarray(x, float)[None] for x in arrays)
         P, A = _scaled(*self._matrices(lane), Scaling(D, E, c))
         linearization = unflatten(self.cones, flat)
-        factor = derivative_factor(self.cones, P, A, linearization, not (x_unique and y_unique))
+        factor = self._factor(P, A, linearization, not (x_unique and y_unique))
         return np.stack([np.concatenate(factor.solve(F[: self.n], F[self.n :])) for F in r])
 
     def _matrices(self, lane: Sequence[np.ndarray]) -> tuple[Any, Any]:
@@ -145,7 +150,7 @@ class SparseSolve:
             linearization = lane_solve.linearize(best.v)
             regular = True, True
             if is_usable(status[0]):
-                regular = self._regularity(P, A, linearization, best.factor)
+                regular = self._factor(P, A, linearization, False, best.factor).regularity()
         scalars = [best.residual[0], iterations[0], *regular, status[0]]
         scalars = [np.array(z, float) for z in scalars]
         return [best.x[0], best.v[0], *scalars, *(z[0] for z in (*scaling, *flatten(linearization)))]
@@ -158,11 +163,23 @@ class SparseSolve:
             return Status.PRIMAL_INFEASIBLE
         return None if is_convex(P) else Status.NON_CONVEX
 
-    def _regularity(self, P: Any, A: Any, linearization: Linearization, factor: Any) -> tuple[bool, bool]:
-        """Whether x and y are locally unique; with `factor`, of Newton's last step, if it is as for that."""
-        if factor is None or factor.e != REGULARIZATION or not _same(factor.linearization, linearization):
-            factor = derivative_factor(self.cones, P, A, linearization, False)
-        return factor.regularity()
+    def _factor(
+        self, P: Any, A: Any, linearization: Linearization, singular: bool, newton: SparseFactor | None = None
+    ) -> SparseFactor:
+        """The factor for derivatives: the latest one of this thread, or `newton`, if they are that."""
+        system = (*(x for M in (P, A) for x in (M.data, M.indices, M.indptr)), *flatten(linearization))
+        made, factor = getattr(_latest, "made", ((), None))
+        if factor is not None and factor.singular == singular and _same(made, system):
+            return factor
+        factor = newton
+        if (
+            factor is None
+            or factor.e != REGULARIZATION
+            or not _same(flatten(factor.linearization), system[6:])
+        ):
+            factor = derivative_factor(self.cones, P, A, linearization, singular)
+        _latest.made = system, factor
+        return factor
 
 
 class _LaneSolve(NamedTuple):
@@ -235,9 +252,14 @@ class _LaneSolve(NamedTuple):
             if best.residual[0] <= target or ended or not np.isfinite(error[0]):
                 return best, count
             count, last = count + 1, error[0]
-            e = min(max(0.01 * error[0], REGULARIZATION), 0.01)
+            # As on the dense path: little of it where F is linear between bounds.
+            e = min(max(0.01 * error[0], REGULARIZATION), 0.01) if settings.cones.rows else REGULARIZATION
             # Where the active rows stay, so does the matrix.
-            if factor is None or factor.e > e or not _same(factor.linearization, linearization):
+            if (
+                factor is None
+                or factor.e > e
+                or not _same(*map(flatten, (factor.linearization, linearization)))
+            ):
                 factor = SparseFactor(settings.cones, P.matrix, A.matrix, linearization, e)
             dx, dy = (-z for z in factor.solve(F[0][0], F[1][0]))
             ds = -F[1][0] - A.matrix @ dx
@@ -285,8 +307,8 @@ def check_triangles(rows: np.ndarray, columns: np.ndarray) -> None:
         )
 
 
-def _same(a: Linearization, b: Linearization) -> bool:
-    return all(map(np.array_equal, flatten(a), flatten(b)))
+def _same(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
+    return len(a) == len(b) and all(map(np.array_equal, a, b))
 
 
 def _is_finite(*data: np.ndarray, bounds: Sequence[np.ndarray]) -> bool:
@@ -321,5 +343,12 @@ def _lanes(
 def _in_threads(function: Callable, arguments: Sequence[tuple]) -> list:
     if len(arguments) == 1:
         return [function(*arguments[0])]
+
+    def work(args: tuple) -> Any:
+        try:
+            return function(*args)
+        finally:
+            vars(_latest).clear()  # not when the thread has ended
+
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return list(pool.map(lambda args: function(*args), arguments))
+        return list(pool.map(work, arguments))
