@@ -104,6 +104,10 @@ class Neumann:
 
     terms: int = 5
 
+    def __post_init__(self):
+        if self.terms < 1:
+            raise ValueError(f"terms must be at least 1, got {self.terms}")
+
     def __call__(self, ops, call, solution):
         def solve(A, r):
             return ops.repeat(self.terms - 1, lambda w: r + A(w), r)
@@ -143,6 +147,10 @@ class Phantom:
 
     steps: int = 5
     tau: float = 1.0
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def __call__(self, ops, call, solution):
         residual, z = _residual(ops, call, solution), solution.z

@@ -74,6 +74,13 @@ class InitialValueProblem:
             raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {self.on_failure!r}")
         if self.order < 1 or self.max_steps < 1:
             raise ValueError(f"order and max_steps must be at least 1, got {self.order} and {self.max_steps}")
+        if any(size is not None and not size > 0 for size in (self.step_size, self.first_step)):
+            raise ValueError(
+                "step_size and first_step must be positive, backwards in time too, or None; "
+                f"got {self.step_size} and {self.first_step}"
+            )
+        if any(x is not None and not x >= 0 for x in (self.rtol, self.atol)):
+            raise ValueError(f"rtol and atol must not be negative, got {self.rtol} and {self.atol}")
 
     def _runge_kutta(self, ops: MatrixFreeOps, y: Array, every: int) -> RungeKutta:
         is_double = ops.eps(y) < 1e-10

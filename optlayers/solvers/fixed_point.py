@@ -187,6 +187,10 @@ class Anderson:
     regularization: float | None = None
     damping: float = 1.0
 
+    def __post_init__(self):
+        if self.memory < 1:
+            raise ValueError(f"memory must be at least 1, got {self.memory}")
+
     def init(self, ops, z, g):
         steps, dG = (empty_rows(ops, self.memory, z) for _ in range(2))
         gram = ops.concat([empty_rows(ops, self.memory, z[:, :1])] * self.memory, 2)
@@ -245,6 +249,10 @@ class Broyden:
     memory: int = 20
     damping: float = 1.0
 
+    def __post_init__(self):
+        if self.memory < 1:
+            raise ValueError(f"memory must be at least 1, got {self.memory}")
+
     def init(self, ops, z, g):
         U, V = (empty_rows(ops, self.memory, z) for _ in range(2))
         return _BroydenState(z, g, U, V, ops.to_int(0 * z[:, 0]))
@@ -299,6 +307,10 @@ class NewtonKrylov:
     krylov: int = 20
     inner_tol: float = 1e-3
     damping: float = 1.0
+
+    def __post_init__(self):
+        if self.krylov < 1:
+            raise ValueError(f"krylov must be at least 1, got {self.krylov}")
 
     def init(self, ops, z, g):
         return ()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -23,8 +24,11 @@ def snapshot(function: Callable) -> Callable:
     """`function`, of a module a copy that shares its tensors, and has results of parametrisations as such.
 
     It keeps them when the module is given others, as by torch.func.functional_call, before the backward pass.
+    A lazy module is itself the one to be initialised, by its first call.
     """
-    return _snapshot(function, {}) if isinstance(function, nn.Module) else function
+    if not isinstance(function, nn.Module) or any(map(is_lazy, function.parameters())):
+        return function
+    return _snapshot(function, {})
 
 
 def _snapshot(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:

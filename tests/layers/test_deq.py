@@ -330,6 +330,21 @@ def test_states_that_are_no_real_floats_are_refused(frontend, dtype):
         frontend.module.odeint(lambda *_: z, z, frontend.array([0.0, 1.0]))
 
 
+@pytest.mark.parametrize(
+    "record, settings",
+    [
+        (Anderson, {"memory": 0}),
+        (Broyden, {"memory": 0}),
+        (NewtonKrylov, {"krylov": 0}),
+        (Neumann, {"terms": 0}),
+        (Phantom, {"steps": 0}),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(record, settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} must be at least 1"):
+        record(**settings)
+
+
 def test_single_precision(frontend, rng):
     A, x = (frontend.array(v, "float32") for v in inputs(rng))
     z = frontend.module.fixed_point(lambda z: tanh_cell(frontend, z, A, x), 0 * x)

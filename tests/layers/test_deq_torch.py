@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm  # noqa: 
 
 from optlayers.torch import (  # noqa: E402
     DEQ,
+    ODE,
     Anderson,
     Broyden,
     NewtonKrylov,
@@ -194,6 +195,31 @@ def test_cells_equal_their_unrolling(name):
 
     for a, e in zip(gradients(deq(x)), gradients(deq(x, unroll=300)), strict=True):
         assert_close(a, e, 1e-8)
+
+
+@pytest.mark.parametrize("layer", [DEQ, ODE])
+def test_lazy_modules_are_initialised(layer):
+    cell = nn.Sequential(nn.LazyLinear(3), nn.Tanh())
+    start = torch.ones(2, 3)
+    if layer is DEQ:
+        DEQ(_First(cell))(start)
+    else:
+        ODE(_Second(cell))(start, torch.tensor([0.0, 1.0]))
+    assert type(cell[0]) is nn.Linear and cell[0].in_features == 3
+
+
+class _First(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, z, x):
+        return 0.1 * self.cell(z)
+
+
+class _Second(_First):
+    def forward(self, t, y):
+        return 0.1 * self.cell(y)
 
 
 @pytest.fixture

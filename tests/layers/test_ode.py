@@ -803,6 +803,9 @@ def test_step_limit(frontend):
         ({"t": np.zeros((1, 1, 1))}, "axes"),
         ({"field": lambda t, y: y[:1]}, "func's value must be like y"),
         ({"order": 0}, "order"),
+        ({"step_size": 0.0}, "step_size"),
+        ({"first_step": -0.1}, "first_step"),
+        ({"rtol": -1e-3}, "rtol"),
     ],
     ids=lambda x: x if isinstance(x, str) else next(iter(x)),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .context import if_unchanged, is_dual, undifferentiated, version
 
@@ -27,7 +28,7 @@ class Used(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         for x in _tensors((args, kwargs)):
-            if id(x) not in self.own and id(x) not in self.found:
+            if id(x) not in self.own and id(x) not in self.found and not is_lazy(x):
                 self.found[id(x)], self.versions[id(x)] = x, version(x)
         output = function(*args, **(kwargs or {}))
         self.own.update((id(x), x) for x in _tensors(output))
