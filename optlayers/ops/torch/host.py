@@ -8,6 +8,7 @@ A small operation takes NumPy a third of torch's time, and OpenBLAS half of MKL'
 from __future__ import annotations
 
 import builtins
+import contextlib
 import contextvars
 import functools
 import itertools
@@ -132,12 +133,29 @@ def in_blocks(function, arrays, ndims, size):
 def _run_in_threads(work, parts):
     """As `map`, on as many threads as torch may use; BLAS gets one for each, since matrices are small."""
     contexts = (contextvars.copy_context() for _ in itertools.count())  # how numbers out of range are treated
-    pool = ThreadPoolExecutor(torch.get_num_threads())
-    with _one_call, _libraries().limit(limits=1, user_api="blas"), pool:
+    with _one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return [*pool.map(lambda part, context: context.run(work, part), parts, contexts)]
 
 
-_one_call = Lock()  # at a time: the last of calls that overlap would leave BLAS at one thread
+_lock, _at_work = Lock(), 0
+_limit: Any = None  # what BLAS had before
+
+
+@contextlib.contextmanager
+def _one_blas_thread():
+    """Calls of several threads overlap: the first one limits BLAS, and the last one gives it back."""
+    global _at_work, _limit
+    with _lock:
+        _at_work += 1
+        if _at_work == 1:
+            _limit = _libraries().limit(limits=1, user_api="blas")
+    try:
+        yield
+    finally:
+        with _lock:
+            _at_work -= 1
+            if not _at_work:
+                _limit.restore_original_limits()
 
 
 @functools.cache
