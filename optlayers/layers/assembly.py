@@ -153,22 +153,24 @@ def _add_terms(
 ) -> Array:
     """`total`, if there is one, and the terms (..., *shape)."""
     if terms[0].positions is not None:  # then it is the only one
-        values = _contribution(ops, terms[0], theta, terms[0].positions.shape)
+        values = _contribution(ops, terms[0], terms[0].coefs, theta, terms[0].positions.shape)
         size, positions = math.prod(shape), ops.constant(terms[0].positions, values)
         start = None if total is None else ops.reshape(total, (*total.shape[: total.ndim - len(shape)], size))
         return ops.reshape(ops.scatter_add(values, positions, size, start), (*values.shape[:-1], *shape))
     # A coefficient that all have in common is applied at last.
     first, *others = (part.coefs for part in terms)
     is_common = isinstance(first, float) and all(isinstance(c, float) and c == first for c in others)
-    parts = [part._replace(coefs=1.0) for part in terms] if is_common else terms
-    added = _add([_contribution(ops, part, theta, shape) for part in parts])
+    contributions = (_contribution(ops, x, 1.0 if is_common else x.coefs, theta, shape) for x in terms)
+    added = _add([*contributions])
     added = first * added if is_common and first != 1 else added
     return added if total is None else _add([total, added])
 
 
-def _contribution(ops: Ops, terms: _Terms, theta: Sequence[Array], shape: tuple[int, ...]) -> Array:
+def _contribution(
+    ops: Ops, terms: _Terms, coefs: np.ndarray | float, theta: Sequence[Array], shape: tuple[int, ...]
+) -> Array:
     """The values (..., *shape) of the terms in the order of their positions, or of all entries in turn."""
-    pieces, _, cols, columns, coefs = terms
+    pieces, _, cols, columns, _ = terms
     blocks = [theta[block][..., start:stop] for block, start, stop in pieces]
     picked = blocks[0] if len(blocks) == 1 else ops.concat(blocks, -1)
     lead, count = picked.shape[:-1], picked.shape[-1]

@@ -267,7 +267,10 @@ class CvxpyProgram:
         else:
             self.solved = compact
         self.elimination = elimination(self.solved) if self.pattern is None else None
-        self._chosen, self._outputs = _chosen(self.program)
+        chosen, self._outputs = _chosen(self.program)
+        self._chosen = None
+        if self.elimination is not None and chosen is not None:
+            self._chosen = self.elimination.parts(chosen)
         self.solver_args = dict(solver_args or {})
         self._choices = dict(choices)
         self._convex = self.pattern is None and _is_convex(self.program)
@@ -327,15 +330,15 @@ class CvxpyProgram:
         """The variables of `solve` alone, without what only the rest of it takes."""
         lead = batch_shape([tuple(value.shape) for value in values], self.parameters)
         solution = self._solution(ops, calls, layer, values, (), like, lead, self._chosen)
-        is_short = self.elimination is not None and self._chosen is not None
-        return self._read(ops, self._outputs if is_short else self.program.outputs, solution, lead, like)
+        outputs = self.program.outputs if self._chosen is None else self._outputs
+        return self._read(ops, outputs, solution, lead, like)
 
     def _read(self, ops, outputs, solution, lead, like) -> tuple[Array, ...]:
         variables = (read(ops, output, solution) for output in outputs)
         return tuple(restore_array(ops, x, lead, like) for x in variables)
 
     def _solution(
-        self, ops, calls, layer, values, warm, like, lead, chosen: np.ndarray | None
+        self, ops, calls, layer, values, warm, like, lead, chosen: tuple[np.ndarray, np.ndarray] | None
     ) -> ConicSolution:
         """The solution with one batch axis; after an elimination of `chosen` entries of x alone, if given."""
         flat = []

@@ -38,7 +38,8 @@ def solve_box(
             or "lpgd" (`LPGD(tau)`).
         warm_start: an earlier solution to start from; problems whose entries are NaN start anew.
 
-    Each argument has the same batch axes in front, or none if the batch shares it.
+    Each argument has the same batch axes in front, or none if the batch shares it. Results have the widest
+    floating type of the arguments.
 
     Returns:
         x (..., n); s = A x and the multipliers y (..., m), with P x + q + A'y = 0, y > 0 where A x is at its

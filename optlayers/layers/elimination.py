@@ -27,6 +27,7 @@ from ..linalg.products import matvec
 from ..ops import Array, Ops, numpy
 from .conic import ConicSolution
 
+Entries = tuple[np.ndarray, np.ndarray]
 LARGEST_CONDITION = 1e4  # of rows of length one; rounding in x_0 is as many times that of b
 
 
@@ -56,6 +57,11 @@ class Elimination:
     P: np.ndarray | None
     A: np.ndarray | None
     shifts: tuple[np.ndarray, np.ndarray] | None
+
+    def parts(self, entries: np.ndarray) -> Entries:
+        """Which of these entries of x, in order, are made of z, and which are variables in groups."""
+        n = len(self.basis)
+        return entries[entries < n], entries[entries >= n] - n
 
 
 def elimination(program: Program) -> Elimination | None:
@@ -110,12 +116,12 @@ def _dense(affine: AffineMap) -> np.ndarray:
 
 def eliminate(
     ops: Ops, plan: Elimination, data: Problem, warm: Sequence[Array]
-) -> tuple[Problem, list[Array], Callable[[ConicSolution, Array, np.ndarray | None], ConicSolution]]:
+) -> tuple[Problem, list[Array], Callable[[ConicSolution, Array, Entries | None], ConicSolution]]:
     """The program in z, an earlier (x, s, y) in its terms, and the way back from its solution.
 
     The data have one batch axis or none, as in `ConicLayer`. The way back takes the solution, which rows of
-    the batch (B,) have derivatives, and None, or which entries of x are wanted if s and y are not: then P and
-    A may be None where there are `shifts`.
+    the batch (B,) have derivatives, and None, or the `parts` of the entries of x that are wanted if s and y
+    are not: then P and A may be None where there are `shifts`.
     """
     P, q, A, b, l, u = data
     N, n = ops.constant(plan.basis, q), len(plan.basis)
@@ -155,9 +161,9 @@ def eliminate(
         q_z = q_z[0] if q.ndim == 1 and P_z.ndim == 2 else q_z
     reduced = Problem(P_z, q_z, A_z, b_z, *bounds)
 
-    def restore(solution: ConicSolution, derived: Array, chosen: np.ndarray | None) -> ConicSolution:
+    def restore(solution: ConicSolution, derived: Array, chosen: Entries | None) -> ConicSolution:
         mask = lambda value: ops.where(derived[:, None], value, ops.stop_gradient(value))
-        chosen_x, chosen_e = (None, None) if chosen is None else (chosen[chosen < n], chosen[chosen >= n] - n)
+        chosen_x, chosen_e = (None, None) if chosen is None else chosen
         N, inverse = (
             ops.constant(part if chosen is None else part[chosen_x], q) for part in (plan.basis, plan.inverse)
         )
