@@ -25,7 +25,7 @@ from ..solvers.host import OSQP, Clarabel, Host
 from ..solvers.scaling import Scaling
 from ..solvers.sparse import SparseSolve
 from ..status import Status, batch_axes, check, is_usable
-from .conic import FAILURE_POLICIES, ConicSolution, flatten_batch, restore_batch
+from .conic import ConicSolution, check_choices, flatten_warm, restore_batch
 from .direct import INFINITE, _prepare, polyhedral_bounds
 
 
@@ -74,8 +74,7 @@ class SparseLayer:
         return status != Status.NON_FINITE.code if self.on_failure == "ignore" else is_usable(status)
 
     def __post_init__(self):
-        if self.on_failure not in FAILURE_POLICIES:
-            raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {self.on_failure!r}")
+        check_choices(self.solve.cones, self.order, self.on_failure)
 
     def __call__(
         self,
@@ -280,7 +279,7 @@ def solve_sparse_box(
     (q, l, u), lead = _vectors(ops, layer, "qlu", (q, l, u), like)
     upper = ops.where(l <= -INFINITE, ops.inf, -l)
     lower = ops.where(u >= INFINITE, -ops.inf, -u)
-    warm = [-z if i == 1 else z for i, z in enumerate(_warm(ops, warm))]
+    warm = [-z if i == 1 else z for i, z in enumerate(_warm(ops, layer, warm, lead))]
     zero = ops.full((1, *m), 0.0, q)
     with batch_axes(lead):
         solution = layer(ops, host, *_widest(ops, matrices), (q, zero, lower, upper), warm)
@@ -303,7 +302,7 @@ def solve_sparse_cone(
     (q, b), lead = _vectors(ops, layer, "qb", data, like)
     bounds = (bound[None] for bound in polyhedral_bounds(ops, cones, q))
     with batch_axes(lead):
-        solution = layer(ops, host, *_widest(ops, matrices), (q, b, *bounds), _warm(ops, warm))
+        solution = layer(ops, host, *_widest(ops, matrices), (q, b, *bounds), _warm(ops, layer, warm, lead))
     return restore_batch(ops, solution, lead, like)
 
 
@@ -317,8 +316,8 @@ def _vectors(ops: Ops, layer: SparseLayer, names: str, data: Sequence[Array | No
     return [z[None] if z.ndim == 1 else z for z in arrays], lead
 
 
-def _warm(ops: Ops, warm: Sequence[Array]) -> list[Array]:
-    arrays = [ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm]
+def _warm(ops: Ops, layer: SparseLayer, warm: Sequence[Array], lead: tuple[int, ...]) -> list[Array]:
+    arrays = flatten_warm(ops, warm, lead, layer.solve.n, layer.rows)
     return [z[None] if z.ndim == 1 else z for z in arrays]
 
 

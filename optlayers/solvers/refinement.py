@@ -70,15 +70,13 @@ def evaluate(ops: Ops, cones: Cones, problem: Problem, units: Units, x: Array, v
     Aty, Ax = matvec(A.mT, s - v), matvec(A, x)
     F = Px + problem.q + Aty, Ax + s - problem.b
     rounding = min(ROUNDING * ops.eps(x), 1.0)
-    x_size, y_size = rounding * norm(ops, x)[:, None], rounding * norm(ops, s - v)[:, None]
-    terms = (
-        ops.maximum(abs(problem.q), abs(Aty)) + x_size + y_size,
-        ops.maximum(abs(problem.b), abs(Ax)) + x_size,
-    )
-    terms = terms[0], whole_cones(ops, cones, terms[1])
+    Px_size, x_size, y_size = (rounding * norm(ops, z)[:, None] for z in (Px, x, s - v))
+    columns = ops.maximum(abs(problem.q), abs(Aty)) + Px_size + y_size
+    rows = whole_cones(ops, cones, ops.maximum(abs(problem.b), abs(Ax)) + x_size)
+    triples = (F[0], columns, units.dual), (F[1], rows, units.primal)
     errors = [
-        norm(ops, part * unit / (one[:, None] + term * unit))
-        for part, term, unit, one in zip(F, terms, units[:2], (units.one[:, 0], units.one[:, 1]), strict=True)
+        norm(ops, part * unit / (units.one[:, i, None] + size * unit))
+        for i, (part, size, unit) in enumerate(triples)
     ]
     is_resolved = _is_resolved(ops, problem, units, s, F[1]) if cones.rows else errors[0] == errors[0]
     return F, ops.maximum(*errors), is_resolved, linearization

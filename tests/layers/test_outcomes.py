@@ -217,6 +217,19 @@ def test_large_numbers_hide_no_contradiction(torch_frontend, gap, large):
             layer(*map(torch_frontend.array, (np.arange(1.0, 4.0), large, gap)))
 
 
+@pytest.mark.parametrize("far", [1e12, 1e15, 1e18])
+def test_bounds_far_away_do_not_excuse_a_point_near_them(torch_frontend, far):
+    x, p = cp.Variable(3), cp.Parameter(3)
+    for rows in ([x <= far], [cp.sum(x) <= far, x >= -1]):
+        layer = torch_frontend.CvxpyLayer(
+            cp.Problem(cp.Minimize(cp.norm1(x - p)), rows), [p], [x], on_failure="mask"
+        )
+        point = np.array([2.0, -0.5, 0.5])
+        solution = layer.solve(torch_frontend.array(point))
+        if list(Status)[int(solution.status)] is Status.SOLVED:
+            assert_close(torch_frontend.numpy(solution.variables[0]), point, 1e-6)
+
+
 def test_a_distant_minimum_is_no_proof_that_there_is_none(torch_frontend, rng):
     L = rng.standard_normal((10, 5))
     P, q = L @ L.T + 1e-5 * np.eye(10), rng.standard_normal(10)

@@ -106,13 +106,13 @@ def _evaluate(P, A, q, b, l, u, x, v, dual, primal, q_size, b_size, e):
     is_free = (v > l) & (v < u)
     s = tl.where(is_free, v, tl.where(lower, l, u))
     Aty, Ax = _transposed_times(A, s - v), _times(A, x)
-    F1, F2 = _times(P, x) + q + Aty, Ax + s - b
+    Px = _times(P, x)
+    F1, F2 = Px + q + Aty, Ax + s - b
     q_one = tl.where(q_size > 0, tl.minimum(tl.maximum(q_size, 1e-12), 1.0), 1.0)
     b_one = tl.where(b_size > 0, tl.minimum(tl.maximum(b_size, 1e-12), 1.0), 1.0)
     rounding = tl.minimum(5e10 * e * e, 1.0)
-    x_size, y_size = rounding * _largest(x), rounding * _largest(s - v)
-    columns = tl.maximum(tl.abs(q), tl.abs(Aty)) + x_size + y_size
-    rows = tl.maximum(tl.abs(b), tl.abs(Ax)) + x_size
+    columns = tl.maximum(tl.abs(q), tl.abs(Aty)) + rounding * (_largest(Px) + _largest(s - v))
+    rows = tl.maximum(tl.abs(b), tl.abs(Ax)) + rounding * _largest(x)
     dual_error = _largest(F1 * dual / (q_one + columns * dual))
     primal_error = _largest(F2 * primal / (b_one + rows * primal))
     free = tl.where(is_free, 1.0, 0.0).to(x.dtype)
