@@ -56,7 +56,10 @@ def _balance(ops: Ops, cones: Cones, passes: int, P: Array, A: Array) -> tuple[A
     """D, E and the norms of the columns of D P D."""
     P2, A2 = hessian(ops, P**2), constraints(ops, cones, A**2)
     batch = max(len(M) if M.ndim == 3 else 1 for M in (P, A))
-    own = ops.sqrt(matvec_symmetric(P2, ops.full((batch, P.shape[-2]), 1.0, P)))
+    one = ops.full((batch, P.shape[-2]), 1.0, P)
+    own = ops.sqrt(matvec_symmetric(P2, one))
+    if not passes:
+        return one, 1 + 0 * matvec(A2, one), own
     D2 = 1 / ops.where(own > 0, own, 1.0)
     # A row that defines a variable of P, which no other row has, is in units of that, as residuals may be of
     # data of any size. Others get size one first: one 1e8 times longer would shrink columns that it meets.

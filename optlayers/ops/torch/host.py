@@ -137,25 +137,19 @@ def _run_in_threads(work, parts):
         return [*pool.map(lambda part, context: context.run(work, part), parts, contexts)]
 
 
-_lock, _at_work = Lock(), 0
-_limit: Any = None  # what BLAS had before
+_lock = Lock()
 
 
 @contextlib.contextmanager
 def _one_blas_thread():
-    """Calls of several threads overlap: the first one limits BLAS, and the last one gives it back."""
-    global _at_work, _limit
+    """Calls that have to limit BLAS do not overlap: only the thread that did it can undo it."""
     with _lock:
-        _at_work += 1
-        if _at_work == 1:
-            _limit = _libraries().limit(limits=1, user_api="blas")
-    try:
-        yield
-    finally:
-        with _lock:
-            _at_work -= 1
-            if not _at_work:
-                _limit.restore_original_limits()
+        blas = _libraries().select(user_api="blas")
+        if builtins.any(library.num_threads > 1 for library in blas.lib_controllers):
+            with blas.limit(limits=1):
+                yield
+            return
+    yield
 
 
 @functools.cache
