@@ -182,7 +182,8 @@ class ADMM:
         Shared, L L' = P + sigma I, L^-1 A'R_1 A L^-T = Q Lambda Q' (R = rho R_1) and V = L^-T Q.
         """
         if self._is_shared(cones, problem):
-            R = self._penalties(ops, problem, ops.full((1, 1), 1.0, rho))[:1]
+            # The same for all, also for a batch of none.
+            R = ops.amax(self._penalties(ops, problem, ops.full((1, 1), 1.0, rho)), 0, keepdims=True)
             return ops.remembered(_diagonalize, (ops, self.sigma, cones), problem.P, problem.A, R)
         R = self._penalties(ops, problem, rho)
         A, n = problem.A, problem.P.shape[-1]

@@ -209,3 +209,12 @@ def test_no_variables(frontend):
     for P in (empty, sp.coo_array((0, 0))):
         with pytest.raises(ValueError, match="nothing to solve for"):
             frontend.module.solve_qp(P, frontend.array(np.zeros(0)))
+
+
+def test_a_batch_of_none_that_shares_its_matrices():
+    """Beside a cone, where bounds are scaled for each problem; in JAX all of a solver is traced."""
+    jax = pytest.importorskip("jax")
+    from optlayers.jax import Cones, solve_conic
+
+    solve = lambda b: solve_conic(None, np.ones(2), -np.eye(4, 2), b, Cones(nonneg=1, soc=(3,))).x
+    assert jax.eval_shape(solve, jax.ShapeDtypeStruct((0, 4), float)).shape == (0, 2)
