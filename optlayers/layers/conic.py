@@ -250,6 +250,11 @@ def check_choices(cones: Cones, order: int, on_failure: str) -> None:
         raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {on_failure!r}")
 
 
+def is_derived(on_failure: str, status: Array) -> Array:
+    """Which solutions (B,) have derivatives; the others have zeros."""
+    return status != Status.NON_FINITE.code if on_failure == "ignore" else is_usable(status)
+
+
 @dataclass(frozen=True)
 class ConicLayer:
     """A solver with its derivative and its policy for problems without solution.
@@ -285,9 +290,7 @@ class ConicLayer:
         return solution._replace(x=x, s=s, y=y)
 
     def is_derived(self, status: Array) -> Array:
-        """Which solutions (B,) have derivatives; the others have zeros."""
-        is_known = status != Status.NON_FINITE.code
-        return is_known if self.on_failure == "ignore" else is_usable(status)
+        return is_derived(self.on_failure, status)
 
     def _derive(self, ops: Ops, data: Problem, warm: Sequence[Array]) -> ConicSolution:
         if self.gradient is None:

@@ -179,6 +179,6 @@ def cleaned(ops: Ops, status: Array, is_derived: Array, data: Problem) -> Proble
 
 
 def finite_entries(ops: Ops, data: Sequence[Array]) -> list[Array]:
-    """Which entries of P, q, A, b, l, u are finite; bounds may be infinite to their side."""
+    """Which entries of data with l and u at the end are finite; bounds may be infinite to their side."""
     *finite, l, u = data
     return [*(ops.isfinite(z) for z in finite), l < ops.inf, u > -ops.inf]

@@ -24,8 +24,9 @@ from ..solvers.choice import AUTOMATIC, NAMED, choose, configure
 from ..solvers.host import OSQP, Clarabel, Host
 from ..solvers.scaling import Scaling
 from ..solvers.sparse import SparseSolve
-from ..status import Status, batch_axes, check, is_usable
-from .conic import ConicSolution, check_choices, flatten_warm, restore_batch
+from ..status import batch_axes, check, is_usable
+from .conic import ConicSolution, check_choices, flatten_warm, is_derived, restore_batch
+from .conic_derivative import finite_entries
 from .direct import INFINITE, _prepare, polyhedral_bounds
 
 
@@ -68,10 +69,6 @@ class SparseLayer:
     @property
     def rows(self) -> int:
         return self.solve.m - self.has_free_row
-
-    def is_derived(self, status: Array) -> Array:
-        """As `ConicLayer.is_derived`."""
-        return status != Status.NON_FINITE.code if self.on_failure == "ignore" else is_usable(status)
 
     def __post_init__(self):
         check_choices(self.solve.cones, self.order, self.on_failure)
@@ -146,15 +143,14 @@ def _derived(
     (m, n), cones = (solve.m, solve.n), solve.cones
     x_unique, y_unique, status, *rest = constants[6:]
     D, E, c = rest[:3]
-    is_derived = layer.is_derived(ops.to_int(status))[:, None]
+    has_derivative = is_derived(layer.on_failure, ops.to_int(status))[:, None]
     # Problems with NaN are masked, but as factors these would reach shared parameters as 0 * NaN.
-    *finite, l, u = data
-    P_values, A_values, q, b = (ops.where(ops.isfinite(z), z, 0.0) for z in finite)
-    bounds = ops.where(l < ops.inf, l, 0.0), ops.where(u > -ops.inf, u, 0.0)
-    bounds = [ops.where(is_derived, bound, ops.stop_gradient(bound)) for bound in bounds]
+    clean = (ops.where(good, z, 0.0) for good, z in zip(finite_entries(ops, data), data, strict=True))
+    P_values, A_values, q, b, *bounds = clean
+    bounds = [ops.where(has_derivative, bound, ops.stop_gradient(bound)) for bound in bounds]
     P, A = Entries(P_values, *(z[0] for z in places[:2])), Entries(A_values, *(z[0] for z in places[2:]))
     matrices = P_values, *places[:2], A_values, *places[2:]
-    frozen = *matrices, x_unique, y_unique, ops.cast(is_derived[:, 0], v), *rest
+    frozen = *matrices, x_unique, y_unique, ops.cast(has_derivative[:, 0], v), *rest
 
     def invert(r, transposed, *arrays):
         A, F1, F2 = Entries(arrays[3], arrays[4][0], arrays[5][0]), r[:, :n], r[:, n:]
@@ -180,7 +176,7 @@ def _derived(
         Px = (_multiply(ops, P, x, n) + _multiply(ops, _transpose(P), x, n)) / 2
         Aty, Ax = _multiply(ops, _transpose(A), y, n), _multiply(ops, A, x, m)
         F = [c * D * (Px + q + Aty), E * (Ax + s - b)]
-        return ops.where(is_derived, ops.concat(F, -1), 0.0)
+        return ops.where(has_derivative, ops.concat(F, -1), 0.0)
 
     return restored(attach(ops, residual, inverse, ops.concat([x, v], -1), order))
 

@@ -16,6 +16,7 @@ Shapes: x (n,), rows (m,), P (n, n), A (m, n).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from scipy.sparse.linalg import splu
 from ..cones import Cones
 from ..cones import spectral as cone_spectral
 from ..ops import numpy as host
-from .rows import Linearization
+from .rows import Linearization, flatten
 from .sensitivity import SINGULAR_REGULARIZATION
 
 HOST: Any = host  # the part of `Ops` that is needed
@@ -121,6 +122,9 @@ class SparseFactor:
         sign = np.concatenate([np.ones(self.n), -np.ones(self.kept.size)])
         self.inverse = _factorize(self.K, e * sign)
 
+    def is_at(self, linearization: Linearization) -> bool:
+        return same(flatten(self.linearization), flatten(linearization))
+
     def solve(self, F1: np.ndarray, F2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(dx, dy) with K (dx, w) = (F_1, R V'F_2): a symmetric matrix times (F_1, F_2)."""
         rotated = F2 if self.basis is None else self.basis.T @ F2
@@ -146,6 +150,10 @@ class SparseFactor:
     def _projected(self, r: np.ndarray) -> np.ndarray:
         """The pseudo-inverse up to O(e), as in `optlayers.linalg.sensitivity`."""
         return self.inverse(self.K @ self.inverse(r))
+
+
+def same(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
+    return len(a) == len(b) and all(map(np.array_equal, a, b))
 
 
 def derivative_factor(

@@ -34,6 +34,7 @@ from ..linalg.sparse import (
     derivative_factor,
     equilibrate,
     is_convex,
+    same,
 )
 from ..status import Status, is_usable
 from .base import RUNNING, Direction, Progress, certify, conclude, tolerances
@@ -44,9 +45,8 @@ from .scaling import Scaling
 # Arrays that describe P and A, in front of all others.
 MATRIX_ARRAYS = 6
 
-_latest = (
-    local()
-)  # of a thread: what defines a system, and its factor; the derivative asks for that of the solve
+# Of a thread: what defines a system, and its factor; the derivative asks for that of the solve.
+_latest = local()
 
 
 class _Memo(defaultdict[Host, list]):
@@ -168,17 +168,13 @@ class SparseSolve:
     ) -> SparseFactor:
         """The factor for derivatives: the latest one of this thread, or `newton`, if they are that."""
         system = (*(x for M in (P, A) for x in (M.data, M.indices, M.indptr)), *flatten(linearization))
-        made, factor = getattr(_latest, "made", ((), None))
-        if factor is not None and factor.singular == singular and _same(made, system):
+        key, arrays, factor = getattr(_latest, "made", (None, (), None))
+        if factor is not None and key == (self.cones, singular) and same(arrays, system):
             return factor
         factor = newton
-        if (
-            factor is None
-            or factor.e != REGULARIZATION
-            or not _same(flatten(factor.linearization), system[6:])
-        ):
+        if factor is None or factor.e != REGULARIZATION or not factor.is_at(linearization):
             factor = derivative_factor(self.cones, P, A, linearization, singular)
-        _latest.made = system, factor
+        _latest.made = (self.cones, singular), system, factor
         return factor
 
 
@@ -255,11 +251,7 @@ class _LaneSolve(NamedTuple):
             # As on the dense path: little of it where F is linear between bounds.
             e = min(max(0.01 * error[0], REGULARIZATION), 0.01) if settings.cones.rows else REGULARIZATION
             # Where the active rows stay, so does the matrix.
-            if (
-                factor is None
-                or factor.e > e
-                or not _same(*map(flatten, (factor.linearization, linearization)))
-            ):
+            if factor is None or factor.e > e or not factor.is_at(linearization):
                 factor = SparseFactor(settings.cones, P.matrix, A.matrix, linearization, e)
             dx, dy = (-z for z in factor.solve(F[0][0], F[1][0]))
             ds = -F[1][0] - A.matrix @ dx
@@ -305,10 +297,6 @@ def check_triangles(rows: np.ndarray, columns: np.ndarray) -> None:
         raise ValueError(
             "P has entries on one side of the diagonal only; give both triangles, P + P' - diag(P)"
         )
-
-
-def _same(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
-    return len(a) == len(b) and all(map(np.array_equal, a, b))
 
 
 def _is_finite(*data: np.ndarray, bounds: Sequence[np.ndarray]) -> bool:

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 LARGE = 2**22  # numbers: so many are not for NumPy
 
 
-def assert_same_gradients(outputs, inputs, tolerance=1e-9):
+def assert_same_gradients(outputs, inputs, tolerance=1e-10):
     """Of random weights of the outputs, one by one and all at once."""
     generator = torch.Generator().manual_seed(0)
     outputs = [x for x in outputs if x.requires_grad]
