@@ -24,6 +24,9 @@ from ..status import Status, check
 class CompiledProgram:
     """A function like `CvxpyProgram.solve` for tensors on the CPU, through JAX.
 
+    The first solver is a program by itself, which takes half as long to compile. The others are compiled with
+    it when a batch needs them, and from then on it is their program that serves.
+
     Args:
         axes: numbers of axes of the values, without those of the batch.
     """
@@ -35,6 +38,7 @@ class CompiledProgram:
 
         self._arguments, self._run = (function, axes), compiled.CompiledFunction(function, axes)
         self._process = os.getpid()  # of which a fork has not the threads of XLA
+        self._count = 1  # of the solvers in use
 
     def __reduce__(self):  # without what is compiled
         return type(self), self._arguments
@@ -52,15 +56,20 @@ class CompiledProgram:
         solvers = tuple(solver for solver in layer.solve.solvers if not isinstance(solver, Host))
         if not solvers or os.getpid() != self._process:
             return plain(values)
-        own = replace(layer, solve=replace(layer.solve, solvers=solvers))
         needed = [torch.is_grad_enabled() and x.requires_grad for x in values]
-        arrays = ([x.numpy(force=True) for x in part] for part in (values, warm))
-        outputs, facts, pull_back = self._run(own, whole, needed, *arrays, like.numpy())
-        status, iterations, residual, *unique = facts
-        # JAX calls the host in another thread, where double precision is on for whole processes only.
-        is_unfinished = (status == Status.ITERATION_LIMIT.code) | (status == Status.INACCURATE.code)
-        if solvers != layer.solve.solvers and is_unfinished.any():
-            return plain(values)
+        arrays = [[x.numpy(force=True) for x in part] for part in (values, warm)]
+        while True:
+            tried = solvers[: self._count]
+            own = replace(layer, solve=replace(layer.solve, solvers=tried))
+            outputs, facts, pull_back = self._run(own, whole, needed, *arrays, like.numpy())
+            status, iterations, residual, *unique = facts
+            is_unfinished = (status == Status.ITERATION_LIMIT.code) | (status == Status.INACCURATE.code)
+            if tried == layer.solve.solvers or not is_unfinished.any():
+                break
+            # JAX calls the host in another thread, where double precision is on for whole processes only.
+            if tried == solvers:
+                return plain(values)
+            self._count = len(solvers)
         if layer.on_failure == "raise":
             check(status, residual)
 

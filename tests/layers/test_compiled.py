@@ -153,6 +153,28 @@ def test_gradients_of_another_kind_go_the_usual_way(family):
     assert all(torch.equal(x, y) for x, y in zip(expected, actual, strict=True))
 
 
+def test_later_solvers_are_compiled_when_they_are_needed():
+    """Many rows are for the interior point, which ADMM's program has not."""
+    rng = np.random.default_rng(0)
+    x, q, b = cp.Variable(10), cp.Parameter(10), cp.Parameter(60)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) / 2 + q @ x), [rng.standard_normal((60, 10)) @ x <= b])
+    plain, compiled = (CvxpyLayer(problem, [q, b], [x], compiled=c) for c in (False, True))
+    programs = []
+    for bound in (100, 0.1, 100):
+        values = 10 * rng.standard_normal((8, 10)), rng.uniform(0.5, 1, (8, 60)) * bound
+        (expected, *right), (actual, *gradients) = (
+            [layer.solve(*(p := tensors(values))), *p] for layer in (plain, compiled)
+        )
+        for solution in (expected, actual):
+            (solution.variables[0] ** 2).sum().backward()
+        assert (actual.status == 0).all() and torch.equal(actual.iterations, expected.iterations)
+        assert_close(actual.x.detach().numpy(), expected.x.detach().numpy(), 1e-8)
+        for got, want in zip(gradients, right, strict=True):
+            assert_close(got.grad.numpy(), want.grad.numpy(), 1e-7)
+        programs.append(compiled._compiled._run._forward._cache_size())
+    assert programs == [1, 2, 2]
+
+
 def test_what_stays_unfinished_goes_the_usual_way():
     """To Clarabel, which no program of XLA holds."""
     x, c = cp.Variable(20), cp.Parameter(20)
