@@ -1,6 +1,7 @@
 """Every layer under every transform: right, or refused with a message that says what to do instead."""
 
 import importlib
+import re
 
 import pytest
 
@@ -86,3 +87,15 @@ def test_mesh_with_explicit_axes(layer, subject_of):
         lambda *v: (exact.function(*v) ** 2).sum(), tuple(range(len(exact.values)))
     )(*exact.values)
     assert_close(actual, exact.flatten(gradients), 1e-8)
+
+
+@pytest.mark.parametrize("name", [name for name, case in LAYERS.items() if not case.on_host])
+def test_program_for_a_gpu(name):
+    """Lowered for CUDA, which needs no device, a layer and its gradient call only what runs there."""
+    jax = pytest.importorskip("jax")
+    frontend, case = FRONTENDS["jax"](), LAYERS[name]
+    function, values = case.layer(frontend), [frontend.array(v, "float64") for v in case.values]
+    loss = jax.value_and_grad(lambda *v: (function(*v) ** 2).sum(), tuple(range(len(values))))
+    program = jax.export.export(jax.jit(loss), platforms=["cuda"])(*values).mlir_module()
+    calls = set(re.findall(r"custom_call @([\w.$]+)", program))
+    assert all(call.startswith(("cu", "Sharding")) for call in calls), calls

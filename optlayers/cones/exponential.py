@@ -124,11 +124,11 @@ def _regions(ops, x, y, z):
 
 def _select_point(ops, regions, v, scale, point, ray):
     """Pi_K(v) from its regions; `point` is v and `ray` the point of the curved surface, both normalised."""
-    inside, zero, flat = (region[..., None] for region in regions)
+    inside, zero, flat = regions
     x, y, z = point
-    face = ops.stack([ops.minimum(x, 0.0), ops.maximum(y, 0.0), ops.maximum(z, 0.0)], axis=-1)
-    s = ops.where(zero, 0.0, ops.where(flat, face, ops.stack(ray, axis=-1)))
-    return ops.where(inside, v, scale * s)
+    face = ops.minimum(x, 0.0), ops.maximum(y, 0.0), ops.maximum(z, 0.0)
+    s = [ops.where(zero, 0.0, ops.where(flat, *pair)) for pair in zip(face, ray, strict=True)]
+    return ops.where(inside[..., None], v, scale * ops.stack(s, axis=-1))
 
 
 def _ray(ops, r, x, y, z):
