@@ -40,17 +40,27 @@ def prepare(
     Returns:
         The factor; the regularity; and whether one step of refinement is too few (B,).
     """
-    e = ops.full((v.shape[0], 1), ops.eps(v) ** SINGULAR_REGULARIZATION, v)
+    regularized = lambda power: ops.full((v.shape[0], 1), ops.eps(v) ** power, v)
 
     def mend(lanes, e, factor):
         refactor = lambda old: select(ops, lanes, factorize(ops, cones, problem, v, e), old)
         return ops.cond(ops.any(lanes), refactor, lambda old: old, factor)
 
-    # A Newton step from far out leaves more regularisation than is good for a derivative.
-    factor = mend(~(factor.e <= e)[:, 0], 0 * e + ops.eps(v) ** 0.5, factor)
-    errors, is_rough = _probe(ops, cones, problem, factor)
-    x_unique, y_unique = (error < 1e-3 for error in errors)
-    return mend(~(x_unique & y_unique), e, factor), Regularity(x_unique, y_unique), is_rough
+    def attempt(carry):
+        k, errors, _, factor, most, e = carry
+        factor = mend(failed(errors) & ~(factor.e <= most)[:, 0], e, factor)
+        return k + 1, *_probe(ops, cones, problem, factor), factor, least, least
+
+    # A Newton step from far out leaves more regularisation than is good for a derivative, and the usual one is
+    # too much for what is close to singular: an entropy of sums of 1e5.
+    failed = lambda errors: ~(ops.maximum(*errors) < 1e-3)
+    singular, usual, least = map(regularized, (SINGULAR_REGULARIZATION, 0.5, 0.7))
+    unknown = ops.inf + 0 * v[:, 0]
+    first = 0, (unknown, unknown), unknown > 0, factor, singular, usual
+    unfinished = lambda carry: (carry[0] < 2) & ops.any(failed(carry[1]))
+    _, errors, is_rough, factor, _, _ = ops.while_loop(unfinished, attempt, first)
+    factor = mend(failed(errors), singular, factor)
+    return factor, Regularity(*(error < 1e-3 for error in errors)), is_rough
 
 
 def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[tuple[Array, Array], Array]:

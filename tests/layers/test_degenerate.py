@@ -244,8 +244,10 @@ def test_least_squares_in_other_units(frontend, rng, dtype, scales):
             assert_close(gradient / size, wanted / size, 1e-7 if dtype == "float64" else 1e-3)
 
 
-@pytest.mark.parametrize("dtype, condition", [("float64", 1e6), ("float32", 300.0)])
-def test_ill_conditioned_but_unique(frontend, rng, dtype, condition):
+@pytest.mark.parametrize(
+    "dtype, condition, angle", [("float64", 1e6, 3e-3), ("float64", 10.0, 3e-5), ("float32", 300.0, 0.2)]
+)
+def test_ill_conditioned_but_unique(frontend, rng, dtype, condition, angle):
     """Derivatives are as right as the data let them be, and are told to be those of a unique solution."""
     Q = np.linalg.qr(rng.standard_normal((6, 6)))[0]
     P, q, w = (
@@ -261,7 +263,7 @@ def test_ill_conditioned_but_unique(frontend, rng, dtype, condition):
     wanted = -np.linalg.solve(P, w)
     tolerance = 1e-8 if dtype == "float64" else 1e-2
     assert_close(gradient / np.abs(wanted).max(), wanted / np.abs(wanted).max(), tolerance)
-    rows, bounds = np.array([[1.0, 1.0], [1.0, 1.0 + 3 / condition**0.5]]), np.array([1.0, 1.0])
+    rows, bounds = np.array([[1.0, 1.0], [1.0, 1.0 + angle]]), np.array([1.0, 1.0])
     data = [frontend.array(z, dtype) for z in (np.eye(2), -np.array([1.0, 0.0]) - rows.sum(0), rows)]
 
     def pressed(u):
@@ -272,3 +274,17 @@ def test_ill_conditioned_but_unique(frontend, rng, dtype, condition):
     _, (gradient,) = frontend.differentiable(pressed, dtype)([bounds], [np.array([1.0, 0.0])])
     wanted = np.linalg.solve(rows.T, [1.0, 0.0])
     assert_close(gradient / np.abs(wanted).max(), wanted / np.abs(wanted).max(), tolerance)
+
+
+@pytest.mark.parametrize("total", [1e-6, 1e5])
+def test_entropy_of_a_small_and_a_large_sum(frontend, rng, total):
+    """Beside the one in each cone, its other entries are small or large: the Jacobian is close to singular."""
+    x, c = cp.Variable(6), cp.Parameter(6)
+    layer = frontend.CvxpyLayer(
+        cp.Problem(cp.Minimize(c @ x - cp.sum(cp.entr(x))), [cp.sum(x) == total]), [c], [x]
+    )
+    values, weights = rng.standard_normal((4, 6)), rng.standard_normal((4, 6))
+    (solution,), (gradient,) = frontend.differentiable(layer)([values], [weights])
+    shares = np.exp(-values) / np.exp(-values).sum(-1, keepdims=True)
+    assert_close(solution / total, shares, 1e-5)
+    assert_close(gradient / total, -shares * (weights - (shares * weights).sum(-1, keepdims=True)), 1e-5)
