@@ -51,8 +51,8 @@ def prepare(
         factor = mend(failed(errors) & ~(factor.e <= most)[:, 0], e, factor)
         return k + 1, *_probe(ops, cones, problem, factor), factor, least, least
 
-    # A Newton step from far out leaves more regularisation than is good for a derivative, and the usual one is
-    # too much for what is close to singular: an entropy of sums of 1e5.
+    # A Newton step from far out leaves more regularisation than is good for a derivative, and the usual one
+    # is too much for what is close to singular, as the entropy of sums of 1e5 is.
     failed = lambda errors: ~(ops.maximum(*errors) < 1e-3)
     singular, usual, least = map(regularized, (SINGULAR_REGULARIZATION, 0.5, 0.7))
     unknown = ops.inf + 0 * v[:, 0]

@@ -278,7 +278,7 @@ def test_ill_conditioned_but_unique(frontend, rng, dtype, condition, angle):
 
 @pytest.mark.parametrize("total", [1e-6, 1e5])
 def test_entropy_of_a_small_and_a_large_sum(frontend, rng, total):
-    """Beside the one in each cone, its other entries are small or large: the Jacobian is close to singular."""
+    """Beside the one in each cone its other entries are large, or small: J is close to singular."""
     x, c = cp.Variable(6), cp.Parameter(6)
     layer = frontend.CvxpyLayer(
         cp.Problem(cp.Minimize(c @ x - cp.sum(cp.entr(x))), [cp.sum(x) == total]), [c], [x]
