@@ -222,6 +222,14 @@ def test_single_infeasible_problem_has_no_index(frontend, interval):
     assert "batch index" not in str(error.value)
 
 
+def test_constants_inside_jit_become_nan_where_infeasible():
+    jax = pytest.importorskip("jax")
+    layer = interval_layer(FRONTENDS["jax"]())
+    solution = jax.jit(lambda scale: scale * layer(POINT, LOW, HIGH)[0])(2.0)
+    assert np.isnan(solution[1]).all()
+    assert_close(solution[::2], 2 * np.stack([NEAREST, NEAREST]), 1e-9)
+
+
 def test_infeasible_problem_is_named_under_transforms_of_torch():
     torch = pytest.importorskip("torch")
     layer = interval_layer(FRONTENDS["torch"]())
