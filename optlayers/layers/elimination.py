@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -133,7 +134,7 @@ def eliminate(
     own = lambda vector: vector[None] if vector.ndim == 1 else vector
     q_x, q_e = own(q)[:, :n], own(q)[:, n:]
     b_E, b_I = own(pick(b, plan.rows)), own(pick(b, plan.kept))
-    A_I = None if A is None else pick(A.mT, plan.kept).mT
+    A_I: Any = None if A is None else pick(A.mT, plan.kept).mT
     # What is not finite is told by q_z and b_z; as a factor it would reach the derivatives of what is shared.
     is_finite = lambda z: ops.all(ops.isfinite(z), -1)[:, None]
     clean = lambda data: tuple(ops.where(ops.isfinite(z), z, 0.0) for z in data)

@@ -109,6 +109,16 @@ def test_value_of_a_sign_that_was_excluded(frontend, attribute, sign):
     np.testing.assert_allclose(frontend.numpy(solution.variables[0]), [[0.5, 0.5], [np.nan] * 2], rtol=1e-8)
 
 
+@pytest.mark.slow_to_compile
+def test_zero_in_a_geometric_program_has_no_gradient(frontend):
+    """min x + a / x has the solution sqrt(a)."""
+    x, a = cp.Variable(pos=True), cp.Parameter(pos=True)
+    layer = frontend.CvxpyLayer(cp.Problem(cp.Minimize(x + a / x)), [a], [x], gp=True, on_failure="mask")
+    (x,), (gradient,) = frontend.differentiable(layer)([np.array([4.0, 0.0, 1.0])], [np.ones(3)])
+    assert_close(x[::2], [2.0, 1.0], 1e-8)
+    assert_close(gradient, [0.25, 0.0, 0.5], 1e-8)
+
+
 def test_call_after_an_error_works(frontend, layer, values):
     expected = call(frontend, layer, values)
     with pytest.raises(ValueError):
