@@ -22,7 +22,7 @@ def run_checked(solve: Callable, layer: ConicLayer, data: Any, warm: Any, like: 
     """
     if layer.on_failure != "raise":
         return _run(solve, layer, data, warm, like)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((data, warm))):
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((data, warm, like))):
         return _run(solve, dataclasses.replace(layer, on_failure="nan"), data, warm, like)
     solution = _run(solve, layer, data, warm, like)
     check(np.asarray(solution.status), np.asarray(solution.residual))

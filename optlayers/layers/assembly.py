@@ -121,7 +121,9 @@ def splits(program: Program, batched: tuple[bool, ...]) -> tuple[_Split, ...]:
 
 def _theta(ops: Ops, program: Program, values: Sequence[Array], keep: Sequence[bool]) -> list[Array]:
     """The blocks (..., size) of the parameters marked by `keep`; values have flat last axes."""
-    part = {"real": ops.real, "imag": ops.imag, "log": ops.log}
+    # That of zero has an infinite derivative, which times zero is NaN also where it is masked.
+    log = lambda x: ops.log(ops.where(x > 0, x, ops.nan))
+    part = {"real": ops.real, "imag": ops.imag, "log": log}
     return [part[b.part](values[b.parameter]) for b in program.blocks if keep[b.parameter]]
 
 

@@ -10,7 +10,7 @@ see `optlayers.linalg.products`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -276,13 +276,24 @@ class ConicLayer:
             raise ValueError("gradient='smoothed' needs linear constraints; use 'exact' or 'lpgd' on cones")
         check_choices(self.solve.cones, self.order, self.on_failure)
 
-    def __call__(self, ops: Ops, data: Problem, *warm: Array) -> ConicSolution:
-        """The solution, batched, for data and an earlier (x, s, y) each with one batch axis or none."""
+    def __call__(
+        self,
+        ops: Ops,
+        data: Problem,
+        *warm: Array,
+        restore: Callable[[ConicSolution], ConicSolution] = lambda solution: solution,
+    ) -> ConicSolution:
+        """The solution, batched, for data and an earlier (x, s, y) each with one batch axis or none.
+
+        Args:
+            restore: the way back to the solution of another problem; before NaN, which as factors would reach
+                the derivatives of what the batch shares.
+        """
         rows = data.b.shape[-1]
         if not rows:
             data, warm = _with_free_row(ops, data, warm)
         solution = self._derive(ops, data, warm)
-        solution = solution._replace(s=solution.s[:, :rows], y=solution.y[:, :rows])
+        solution = restore(solution._replace(s=solution.s[:, :rows], y=solution.y[:, :rows]))
         if self.on_failure != "nan":
             return solution
         failed = ~is_usable(solution.status)[:, None]

@@ -358,15 +358,15 @@ class CvxpyProgram:
         warm = list(flatten_warm(ops, warm, lead, self.program.n, self.program.m))
         if self.ranges is not None and warm:
             warm[1:] = self.ranges.merge(ops, *warm[1:])
-        if self.elimination is not None:
-            data, warm, restore = eliminate(ops, self.elimination, data, warm)
         with batch_axes(lead):
-            if self.pattern is None:
+            if self.pattern is not None:
+                solution = self._solve_sparse(ops, calls, layer, data, warm)
+            elif self.elimination is None:
                 solution = layer(ops, data, *warm)
             else:
-                solution = self._solve_sparse(ops, calls, layer, data, warm)
-        if self.elimination is not None:
-            solution = restore(solution, layer.is_derived(solution.status), chosen)
+                data, warm, restore = eliminate(ops, self.elimination, data, warm)
+                back = lambda solution: restore(solution, layer.is_derived(solution.status), chosen)
+                solution = layer(ops, data, *warm, restore=back)
         if self.ranges is not None and chosen is None:
             solution = self.ranges.restore(ops, solution)
         return solution

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -133,21 +134,30 @@ def eliminate(
     own = lambda vector: vector[None] if vector.ndim == 1 else vector
     q_x, q_e = own(q)[:, :n], own(q)[:, n:]
     b_E, b_I = own(pick(b, plan.rows)), own(pick(b, plan.kept))
-    A_I = lambda: pick(A.mT, plan.kept).mT
-    # NaN is told by q_z; as a factor it would reach the derivatives of what the batch shares.
-    finite = ops.isfinite(b_E)
-    b_E = ops.where(finite, b_E, 0.0)
+    A_I: Any = None if A is None else pick(A.mT, plan.kept).mT
+    # What is not finite is told by q_z and b_z; as a factor it would reach the derivatives of what is shared.
+    is_finite = lambda z: ops.all(ops.isfinite(z), -1)[:, None]
+    clean = lambda data: tuple(ops.where(ops.isfinite(z), z, 0.0) for z in data)
+    finite = is_finite(q_x) & is_finite(b_E)
     if plan.shifts is None:
-        x_0 = b_E @ ops.constant(plan.inverse, q).mT
-        gradient, shift = q_x + matvec(P[..., :n, :], x_0), matvec(A_I()[..., :n], x_0)
+        inverse = ops.constant(plan.inverse, q).mT
+        moved = lambda P, A_I, x_0: (matvec(P[..., :n, :], x_0), matvec(A_I[..., :n], x_0))
+        gradient, shift = moved(*map(ops.stop_gradient, (P, A_I, b_E @ inverse)))
+        finite, is_met = finite & is_finite(gradient), is_finite(shift)
+        b_I = ops.where(is_met, b_I, ops.nan)
+        is_bad = ops.any(~finite) | ops.any(~is_met)
+        P, A_I, q_x, b_E = ops.cond_or_both(is_bad, clean, tuple, (P, A_I, q_x, b_E))
+        gradient, shift = moved(P, A_I, b_E @ inverse)
+        gradient = q_x + gradient
         q_z = _exact(ops, gradient @ N, _size(ops, q_x) + _size(ops, gradient))
     else:
+        q_x, b_E = ops.cond_or_both(ops.any(~finite), clean, tuple, (q_x, b_E))
         gradient, shift = (b_E @ ops.constant(part, q).mT for part in plan.shifts)
         q_z = _exact(ops, q_x @ N + gradient, _size(ops, q_x) + _size(ops, gradient))
-    q_z = ops.where(ops.all(finite, -1)[:, None], q_z, ops.nan)
+    q_z = ops.where(finite, q_z, ops.nan)
     q_z = _joined(ops, q_z, q_e)
     b_z = _exact(ops, b_I - shift, abs(b_I) + abs(shift))
-    A_z = _reduced_A(ops, A_I(), N) if plan.A is None else ops.constant(plan.A, q)
+    A_z = _reduced_A(ops, A_I, N) if plan.A is None else ops.constant(plan.A, q)
     P_z = _reduced_P(ops, P, N) if plan.P is None else ops.constant(plan.P, q)
     bounds = [pick(bound, plan.bounded) for bound in (l, u)]
     if W is not None:
@@ -172,7 +182,7 @@ def eliminate(
         if chosen is not None:
             return solution._replace(x=_joined(ops, x, pick(e, chosen_e)))
         w, y = solution.y[:, :k], solution.y[:, k:]
-        y_E = -(matvec(P[..., :n, :], x) + q_x + matvec(A_I()[..., :n].mT, y)) @ inverse
+        y_E = -(matvec(P[..., :n, :], x) + q_x + matvec(A_I[..., :n].mT, y)) @ inverse
         y_E = mask(y_E if W is None else y_E + w @ W.mT)
         s, y = (pick(ops.concat(parts, -1), plan.order) for parts in ((0 * y_E, solution.s[:, k:]), (y_E, y)))
         return solution._replace(x=_joined(ops, x, e), s=s, y=y)

@@ -112,6 +112,18 @@ def correlation():
     return cp.Problem(cp.Minimize(cp.trace(C @ X)), [cp.diag(X) == 1]), C, X, {}
 
 
+def test_exported_batch_of_any_size(rng):
+    jax = pytest.importorskip("jax")
+    from optlayers.jax import CvxpyLayer
+
+    problem, c, x, _ = nearest()
+    solve = jax.vmap(lambda c, layer=CvxpyLayer(problem, [c], [x]): layer(c)[0])
+    (size,) = jax.export.symbolic_shape("size")
+    exported = jax.export.export(jax.jit(solve))(jax.ShapeDtypeStruct((size, 3), "float64"))
+    value = jax.numpy.asarray(rng.standard_normal((5, 3)))
+    assert_close(exported.call(value), solve(value), 1e-12)
+
+
 @pytest.mark.parametrize(
     "case", [nearest(gradient="lpgd"), nearest(), correlation()], ids=["lpgd", "qp", "sdp"]
 )

@@ -40,17 +40,22 @@ def test_derivatives_of_all_rows(frontend, rng):
 
 
 @pytest.mark.parametrize("policy", ["mask", "nan"])
-def test_a_bad_right_hand_side_stays_in_its_row(frontend, rng, policy):
-    """NaN in the eliminated part of one problem leaves the derivatives of what the batch shares alone."""
+def test_a_failed_problem_stays_in_its_row(frontend, rng, policy):
+    """NaN in one problem, or that it has no solution, leaves the derivatives of what all share alone."""
     problem, parameters, variables = mixed()
-    layer = frontend.CvxpyLayer(problem, parameters, variables[:1], on_failure=policy)
-    a, b, p = COEFFICIENTS, TOTALS, rng.standard_normal((3, 4))
-    weights = np.array([1.0, 0.0, 1.0])[:, None] * rng.standard_normal((3, 4))
+    layer = frontend.CvxpyLayer(problem, parameters, variables, on_failure=policy)
+    a, b, p = COEFFICIENTS + 0.1 * rng.random((3, 4)), TOTALS, rng.standard_normal(4)
+    weights = [rng.standard_normal((3, *variable.shape)) for variable in variables]
+    without = [np.array([1.0, 0.0, 1.0]).reshape(3, *[1] * (w.ndim - 1)) * w for w in weights]
     derive = frontend.differentiable(lambda *v: layer(*v))
-    _, expected = derive([a, b, p], [weights])
-    _, actual = derive([a, np.array([0.9, np.nan, 1.1]), p], [weights])
-    for found, gradient in zip(actual, expected, strict=True):
-        assert_close(found, gradient, 1e-12)
+    _, expected = derive([a, b, p], without)
+    broken = a.copy()
+    broken[1, 0] = np.nan
+    for values in ([a, np.array([0.9, np.nan, 1.1]), p], [a, np.array([0.9, -1.0, 1.1]), p], [broken, b, p]):
+        outputs, actual = derive(values, weights)
+        assert all(np.isnan(x[1]).all() if policy == "nan" else np.isfinite(x[1]).all() for x in outputs)
+        for found, gradient in zip(actual, expected, strict=True):
+            assert_close(found, gradient, 1e-12)
 
 
 def test_dependent_equalities(frontend):

@@ -109,6 +109,16 @@ def test_value_of_a_sign_that_was_excluded(frontend, attribute, sign):
     np.testing.assert_allclose(frontend.numpy(solution.variables[0]), [[0.5, 0.5], [np.nan] * 2], rtol=1e-8)
 
 
+@pytest.mark.slow_to_compile
+def test_zero_in_a_geometric_program_has_no_gradient(frontend):
+    """min x + a / x has the solution sqrt(a)."""
+    x, a = cp.Variable(pos=True), cp.Parameter(pos=True)
+    layer = frontend.CvxpyLayer(cp.Problem(cp.Minimize(x + a / x)), [a], [x], gp=True, on_failure="mask")
+    (x,), (gradient,) = frontend.differentiable(layer)([np.array([4.0, 0.0, 1.0])], [np.ones(3)])
+    assert_close(x[::2], [2.0, 1.0], 1e-8)
+    assert_close(gradient, [0.25, 0.0, 0.5], 1e-8)
+
+
 def test_call_after_an_error_works(frontend, layer, values):
     expected = call(frontend, layer, values)
     with pytest.raises(ValueError):
@@ -220,6 +230,14 @@ def test_single_infeasible_problem_has_no_index(frontend, interval):
     with pytest.raises(SolveError, match="infeasible") as error:
         call(frontend, interval, [POINT, LOW[1], HIGH])
     assert "batch index" not in str(error.value)
+
+
+def test_constants_inside_jit_become_nan_where_infeasible():
+    jax = pytest.importorskip("jax")
+    layer = interval_layer(FRONTENDS["jax"]())
+    solution = jax.jit(lambda scale: scale * layer(POINT, LOW, HIGH)[0])(2.0)
+    assert np.isnan(solution[1]).all()
+    assert_close(solution[::2], 2 * np.stack([NEAREST, NEAREST]), 1e-9)
 
 
 def test_infeasible_problem_is_named_under_transforms_of_torch():
