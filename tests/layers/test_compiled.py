@@ -131,6 +131,24 @@ def test_batches_are_filled_up_to_the_size_of_a_program():
         layers[1](*values)
 
 
+def test_sizes_of_programs_while_another_thread_adds_one():
+    from optlayers.jax.compiled import CompiledFunction
+
+    function = CompiledFunction(lambda *args: None, [1])
+    fill = lambda batch: function._filled((), [np.zeros((batch, 2))], [(batch,)])
+
+    class Interrupted(int):
+        """The other thread has its turn when this number is compared."""
+
+        def __le__(self, other):
+            fill(40)
+            return super().__le__(other)
+
+    fill(2)
+    (array,), rows = fill(Interrupted(3))
+    assert len(array) == 4 and rows == slice(3)
+
+
 def test_what_it_does_not_serve_goes_the_usual_way(family, layer):
     P, q, *rest = tensors(family.sample(np.random.default_rng(0)))
     fixed = [x.detach() for x in (P, *rest)]
