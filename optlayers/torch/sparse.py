@@ -15,6 +15,7 @@ from ..layers import sparse
 from ..layers.conic import ConicSolution
 from ..layers.direct import curved_part
 from ..ops import torch as ops
+from ..ops.torch.context import is_recorded
 from .calling import not_traced
 
 
@@ -96,6 +97,8 @@ class _Call(Function):
 class _Host:
     @staticmethod
     def call(function, shapes, *arrays):
+        if is_recorded():
+            raise NotImplementedError(_WHY_NOT_TRACED)
         like = next(x for x in arrays if x.is_floating_point()).detach()
         return list(_Call.apply(function, like, *(x.detach() for x in arrays)))
 

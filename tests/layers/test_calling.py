@@ -73,3 +73,20 @@ def test_no_layer_is_traced_by_jit(layer):
     layer = Subject(FRONTENDS["torch"](), LAYERS[layer]).layer
     with pytest.raises(NotImplementedError, match="trace"):
         torch.jit.trace(layer.function, tuple(layer.values), check_trace=False)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+@pytest.mark.parametrize("layer", ["CvxpyLayer, SOCP", "solve_qp", "implicit"])
+def test_linearized(layer):
+    """torch.fx records the derivative at one tangent, and runs it at others."""
+    call = Subject(FRONTENDS["torch"](), LAYERS[layer]).layer
+    _, push = torch.func.linearize(call.flat, call.theta)
+    for tangent in (torch.ones_like(call.theta), call.theta.cos()):
+        expected = torch.func.jvp(call.flat, (call.theta,), (tangent,))[1]
+        torch.testing.assert_close(push(tangent), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_sparse_problems_are_not_linearized():
+    call = Subject(FRONTENDS["torch"](), LAYERS["solve_qp, sparse"]).layer
+    with pytest.raises(NotImplementedError, match="cannot be traced into a graph"):
+        torch.func.linearize(call.flat, call.theta)
