@@ -161,6 +161,16 @@ def test_what_it_does_not_serve_goes_the_usual_way(family, layer):
     assert_close(detached(torch.func.vmap(of_q)(several)), detached(of_q(several)), 1e-8)
 
 
+def test_recorded_derivatives_go_the_usual_way():
+    """A graph of torch.fx would hold what XLA has made of the cotangents of the example."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    I, q = torch.eye(2, dtype=torch.double), torch.tensor([0.5, -2.0], dtype=torch.double).requires_grad_()
+    x = solve_qp(I, q, compiled=True).x
+    pull = lambda bar: torch.autograd.grad(x, q, bar, retain_graph=True)[0]
+    assert_close(make_fx(pull)(I[0])(I[1]).numpy(), -I[1].numpy(), 1e-12)
+
+
 def test_gradients_of_another_kind_go_the_usual_way(family):
     """Perturbed problems of LPGD may need Clarabel too, without which their gradients would be zero."""
     values = family.batch(np.random.default_rng(0), 2)
