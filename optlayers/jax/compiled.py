@@ -33,7 +33,7 @@ class CompiledFunction:
 
     def __init__(self, function: Callable[..., Solution], axes: Sequence[int]):
         self._function, self._axes = function, axes
-        self._sizes: dict[Any, set[int]] = {}
+        self._sizes: dict[Any, list[int]] = {}  # no sets: other threads may add to what one looks through
         self._forward = jax.jit(self._solve_and_pull, static_argnums=(0, 1, 2))
         self._backward = jax.jit(lambda pull, bars: pull(bars)[0])
 
@@ -89,11 +89,11 @@ class CompiledFunction:
             return arrays, ...
         batch, is_batched = common[0], [bool(lead) for lead in leads]
         own = [x.shape[lead:] for x, lead in zip(arrays, is_batched, strict=True)]
-        sizes = self._sizes.setdefault((*key, *own, *is_batched), set())
+        sizes = self._sizes.setdefault((*key, *own, *is_batched), [])
         size = min((size for size in sizes if batch <= size <= 2 * batch), default=0)
         if not size:
             size = batch if batch > 2 * max(sizes, default=0) else 1 << (batch - 1).bit_length()
-            sizes.add(size)
+            sizes.append(size)
         if size > batch:
             rows = np.minimum(np.arange(size), batch - 1)
             arrays = [x[rows] if lead else x for x, lead in zip(arrays, is_batched, strict=True)]

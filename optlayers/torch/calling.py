@@ -18,7 +18,8 @@ def not_traced(reason: str) -> Callable[[F], F]:
     """Decorator for a function that cannot be part of a graph, and why, which errors then say.
 
     torch.compile breaks its graph at such a call and runs it as it is, or raises with `fullgraph=True`;
-    torch.export raises. The attributes are those of torch.compiler.disable, which imports a lot.
+    torch.export and torch.jit.trace raise. The attributes are those of torch.compiler.disable, which
+    imports a lot.
     """
 
     def decorate(function):
@@ -26,7 +27,7 @@ def not_traced(reason: str) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def call(*args, **kwargs):
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or torch.jit.is_tracing():
                 raise NotImplementedError(reason)
             if "torch._dynamo" not in sys.modules:
                 return function(*args, **kwargs)
@@ -43,10 +44,10 @@ def not_traced(reason: str) -> Callable[[F], F]:
 def refuse_export(reason: str) -> None:
     """
     Raises:
-        NotImplementedError: with `reason`, inside torch.export.
+        NotImplementedError: with `reason`, inside torch.export and torch.jit.trace.
     """
     # Old versions of torch do not say that they export.
-    if getattr(torch.compiler, "is_exporting", bool)():
+    if getattr(torch.compiler, "is_exporting", bool)() or torch.jit.is_tracing():
         raise NotImplementedError(reason)
 
 

@@ -20,6 +20,8 @@ from ..ops import torch as ops
 from ..solvers.host import Host
 from ..status import Status, check
 
+_PROCESS = os.getpid()  # of which a fork has not the threads of XLA
+
 
 class CompiledProgram:
     """A function like `CvxpyProgram.solve` for tensors on the CPU, through JAX.
@@ -37,7 +39,6 @@ class CompiledProgram:
         from ..jax import compiled
 
         self._arguments, self._run = (function, axes), compiled.CompiledFunction(function, axes)
-        self._process = os.getpid()  # of which a fork has not the threads of XLA
         self._count = 1  # of the solvers in use
 
     def __reduce__(self):  # without what is compiled
@@ -54,7 +55,7 @@ class CompiledProgram:
     ) -> Any:
         """`plain(values)`: the variables, or the `whole` solution; where XLA does not serve, `plain` does."""
         solvers = tuple(solver for solver in layer.solve.solvers if not isinstance(solver, Host))
-        if not solvers or os.getpid() != self._process:
+        if not solvers or os.getpid() != _PROCESS:
             return plain(values)
         needed = [torch.is_grad_enabled() and x.requires_grad for x in values]
         arrays = [[x.numpy(force=True) for x in part] for part in (values, warm)]

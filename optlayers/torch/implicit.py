@@ -16,7 +16,7 @@ class _Layer(Implicit):
     @in_full_precision
     def __call__(self, *theta: Any) -> Tensor:
         refuse_export(
-            "torch.export cannot trace the derivative of a residual (it loses the inputs of torch.func.vjp); "
+            "torch.export and torch.jit.trace cannot trace the derivative of a residual; "
             "compile the model with torch.compile, or export the solver without the layer"
         )
         return self.apply(ops, *theta)

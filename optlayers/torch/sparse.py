@@ -15,6 +15,7 @@ from ..layers import sparse
 from ..layers.conic import ConicSolution
 from ..layers.direct import curved_part
 from ..ops import torch as ops
+from ..ops.torch.context import is_recorded
 from .calling import not_traced
 
 
@@ -70,10 +71,6 @@ def _entries(matrix: Any, like: Tensor) -> sparse.Entries:
     raise ValueError(f"sparse tensors must have the COO or CSR layout, got {matrix.layout}")
 
 
-def _numpy(x: Tensor) -> np.ndarray:
-    return x.detach().cpu().numpy()
-
-
 def _fold(info, dims, arrays) -> list[Tensor]:
     """The mapped axis in front, of length 1 where an array is not mapped."""
     return [x[None] if dim is None else x.movedim(dim, 0) for x, dim in zip(arrays, dims, strict=True)]
@@ -84,7 +81,7 @@ class _Call(Function):
 
     @staticmethod
     def forward(function, like, *arrays):
-        results = function(*map(_numpy, arrays))
+        results = function(*(x.numpy(force=True) for x in arrays))
         return tuple(torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in results)
 
     @staticmethod
@@ -100,6 +97,8 @@ class _Call(Function):
 class _Host:
     @staticmethod
     def call(function, shapes, *arrays):
+        if is_recorded():
+            raise NotImplementedError(_WHY_NOT_TRACED)
         like = next(x for x in arrays if x.is_floating_point()).detach()
         return list(_Call.apply(function, like, *(x.detach() for x in arrays)))
 

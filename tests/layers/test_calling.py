@@ -7,7 +7,10 @@ torch = pytest.importorskip("torch")
 # Compiling a function of tensors that are no leaves, torch warns itself of looking at their gradients.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
+from frontends import FRONTENDS  # noqa: E402
 from optlayers.torch import DEQ, fixed_point, implicit  # noqa: E402
+from transform_layers import LAYERS  # noqa: E402
+from transforms import Subject  # noqa: E402
 
 
 @pytest.fixture
@@ -56,3 +59,34 @@ def test_autocast_is_off_inside(kind, cell, x):
     expected = layers[kind](h.float())
     torch.testing.assert_close(z, expected, rtol=0, atol=0)
     torch.testing.assert_close(h_bar, torch.autograd.grad(expected.square().sum(), h)[0], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace` is:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+@pytest.mark.parametrize("layer", [name for name in LAYERS if name != "SATLayer"])
+def test_no_layer_is_traced_by_jit(layer):
+    """A trace would go on with the matrices and numbers of steps of the data that it was made from.
+
+    A SATLayer is called with its weights as arguments here, which torch itself refuses to trace.
+    """
+    layer = Subject(FRONTENDS["torch"](), LAYERS[layer]).layer
+    with pytest.raises(NotImplementedError, match="trace"):
+        torch.jit.trace(layer.function, tuple(layer.values), check_trace=False)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+@pytest.mark.parametrize("layer", ["CvxpyLayer, SOCP", "solve_qp", "implicit"])
+def test_linearized(layer):
+    """torch.fx records the derivative at one tangent, and runs it at others."""
+    call = Subject(FRONTENDS["torch"](), LAYERS[layer]).layer
+    _, push = torch.func.linearize(call.flat, call.theta)
+    for tangent in (torch.ones_like(call.theta), call.theta.cos()):
+        expected = torch.func.jvp(call.flat, (call.theta,), (tangent,))[1]
+        torch.testing.assert_close(push(tangent), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_sparse_problems_are_not_linearized():
+    call = Subject(FRONTENDS["torch"](), LAYERS["solve_qp, sparse"]).layer
+    with pytest.raises(NotImplementedError, match="cannot be traced into a graph"):
+        torch.func.linearize(call.flat, call.theta)

@@ -131,6 +131,24 @@ def test_batches_are_filled_up_to_the_size_of_a_program():
         layers[1](*values)
 
 
+def test_sizes_of_programs_while_another_thread_adds_one():
+    from optlayers.jax.compiled import CompiledFunction
+
+    function = CompiledFunction(lambda *args: None, [1])
+    fill = lambda batch: function._filled((), [np.zeros((batch, 2))], [(batch,)])
+
+    class Interrupted(int):
+        """The other thread has its turn when this number is compared."""
+
+        def __le__(self, other):
+            fill(40)
+            return super().__le__(other)
+
+    fill(2)
+    (array,), rows = fill(Interrupted(3))
+    assert len(array) == 4 and rows == slice(3)
+
+
 def test_what_it_does_not_serve_goes_the_usual_way(family, layer):
     P, q, *rest = tensors(family.sample(np.random.default_rng(0)))
     fixed = [x.detach() for x in (P, *rest)]
@@ -141,6 +159,16 @@ def test_what_it_does_not_serve_goes_the_usual_way(family, layer):
     assert_close(detached(forward), detached(reverse), 1e-8)
     several = torch.stack([q.detach(), 2 * q.detach()])
     assert_close(detached(torch.func.vmap(of_q)(several)), detached(of_q(several)), 1e-8)
+
+
+def test_recorded_derivatives_go_the_usual_way():
+    """A graph of torch.fx would hold what XLA has made of the cotangents of the example."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    I, q = torch.eye(2, dtype=torch.double), torch.tensor([0.5, -2.0], dtype=torch.double).requires_grad_()
+    x = solve_qp(I, q, compiled=True).x
+    pull = lambda bar: torch.autograd.grad(x, q, bar, retain_graph=True)[0]
+    assert_close(make_fx(pull)(I[0])(I[1]).numpy(), -I[1].numpy(), 1e-12)
 
 
 def test_gradients_of_another_kind_go_the_usual_way(family):

@@ -73,7 +73,7 @@ def test_threads_share_a_layer(frontend, layer, family):
 
 
 class Solutions:
-    """A data set whose items a layer computes, in the worker."""
+    """A data set whose items a copy of a layer computes, made in the worker."""
 
     def __init__(self, layer, values):
         self.layer, self.values = layer, values
@@ -82,7 +82,7 @@ class Solutions:
         return len(self.values)
 
     def __getitem__(self, i):
-        return self.layer(*self.values[i])[0]
+        return copy.deepcopy(self.layer)(*self.values[i])[0]
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])

@@ -549,6 +549,16 @@ def test_places_that_make_no_matrix(frontend, rng):
         frontend.module.solve_qp(P, q)
 
 
+def test_vectors_that_torch_negates_when_read():
+    """As it does imaginary parts of conjugates."""
+    torch = pytest.importorskip("torch")
+    from optlayers.torch import solve_qp
+
+    q = torch.complex(torch.zeros(3), torch.tensor([1.0, -2.0, 0.5])).conj().imag
+    assert q.is_neg()
+    assert torch.equal(solve_qp(sp.eye_array(3), q).x, -q)
+
+
 def test_gradients_of_torch_tensors_keep_their_layout(rng):
     torch = pytest.importorskip("torch")
     from optlayers.torch import solve_qp

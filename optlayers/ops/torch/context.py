@@ -19,9 +19,14 @@ def is_dual() -> bool:
     return is_transformed() or forward_ad._current_level >= 0
 
 
+def is_recorded() -> bool:
+    """Whether operations become a graph of torch.fx, as in torch.func.linearize: its values are examples."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 def is_known(x) -> bool:
     """Whether `x` has a value that Python may read: it is not traced, nor mapped by torch.func.vmap."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_recorded():
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if torch._C._functorch.is_batchedtensor(x):

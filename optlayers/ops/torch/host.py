@@ -51,8 +51,10 @@ def serves_call(tensors: Sequence[Tensor]) -> bool:
 
 def is_readable(tensors: Sequence[Tensor]) -> bool:
     """Whether NumPy can read them, and of what it computes a tape alone wants derivatives."""
+    if torch.compiler.is_compiling():  # torch.compile cannot trace the rest
+        return False
     is_traced = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-    is_plain = not (torch.compiler.is_compiling() or is_traced or is_dual())
+    is_plain = not (is_traced or is_dual())
     return is_plain and builtins.all(
         type(x) in (Tensor, Parameter) and x.is_cpu and x.dtype in _DTYPES for x in tensors
     )

@@ -112,5 +112,10 @@ _leaf.register_vmap(_leaf_vmap)
 
 
 def leaf(solve, inputs):
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "a graph of torch.jit.trace would go on with factors of the data that it was made from; "
+            "use torch.export or torch.compile"
+        )
     text = _text_of_parts(_parts(solve)) if torch.compiler.is_dynamo_compiling() else _text(solve)
     return _leaf(text, [x.detach() for x in inputs])

@@ -9,7 +9,7 @@ import torch
 
 from .. import NO_SECOND_DERIVATIVE
 from . import host
-from .context import is_dual, run_while_compiling
+from .context import is_dual, is_recorded, run_while_compiling
 
 
 def _pull_back(outputs, cotangents, inputs, **options):
@@ -73,7 +73,7 @@ class _Deferred(torch.autograd.Function):
         arrays = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
         inputs, constants = arrays[: ctx.count], arrays[ctx.count :]
         needed, again = ctx.needs_input_grad[5 : 5 + ctx.count], torch.is_grad_enabled()
-        if ctx.adjoint is not None and not (again or is_dual()):
+        if ctx.adjoint is not None and not (again or is_dual() or is_recorded()):
             bars = iter(_on_host_or_device(ctx.adjoint, needed, inputs, constants, cotangents))
             bars = [next(bars) if need else None for need in needed]
             return None, None, None, None, None, *bars, *[None] * len(constants)
