@@ -142,9 +142,9 @@ class SparseSolve:
         P, A = self._matrices(lane) if finite else (sp.csc_array((k, self.n)) for k in (self.n, self.m))
         q, b, l, u = (z if finite else np.zeros_like(z) for z in (q, b, l, u))
         with np.errstate(all="ignore"):
-            scaling = _scaling(self.cones, P, A)
+            scaling, given = _scaling(self.cones, P, A), (P, q[0], A, b[0], l[0], u[0])
             P, A = _scaled(P, A, scaling)
-            lane_solve = _LaneSolve(self, _scaled_problem(P, q, A, b, l, u, scaling), scaling)
+            lane_solve = _LaneSolve(self, given, _scaled_problem(P, q, A, b, l, u, scaling), scaling)
             reason = self._fault(finite, P, l, u)
             best, status, iterations = lane_solve.run(warm) if reason is None else lane_solve.refuse(reason)
             linearization = lane_solve.linearize(best.v)
@@ -182,6 +182,7 @@ class _LaneSolve(NamedTuple):
     """The solve of one equilibrated problem; its arrays have a batch axis of length 1."""
 
     settings: SparseSolve
+    given: tuple[Any, ...]  # as it was, without a batch axis
     problem: Problem
     scaling: Scaling
 
@@ -199,7 +200,7 @@ class _LaneSolve(NamedTuple):
 
     def run(self, warm: Sequence[np.ndarray]) -> Progress:
         """Refine the warm start if any, then the answer of each solver, until there is a solution."""
-        settings, problem, (D, E, c) = self
+        settings, _, problem, (D, E, c) = self
         _, accept, _ = tolerances(HOST, settings.eps, problem.q)
         best = self.nothing
         status, steps = np.full(1, RUNNING), 0
@@ -220,12 +221,11 @@ class _LaneSolve(NamedTuple):
         return conclude(HOST, Progress(best, status, np.full(1, steps)), settings.eps)
 
     def call(self, solver: Host) -> tuple[tuple[np.ndarray, np.ndarray], Direction]:
-        """(x, v) and the certifying directions from a library."""
-        cones, (P, q, A, b, l, u) = self.settings.cones, self.problem
-        program = _program(cones, P.matrix, q[0], A.matrix, b[0], l[0], u[0])
-        answer = solver._solve(program, self.settings.memo[solver])
-        x, y, dx, dy = (z[None] for z in answer)
-        slack = project(HOST, cones, self.problem.bounds, b - x @ A.mT)
+        """(x, v) and the certifying directions from a library, which has its own scaling."""
+        cones, (D, E, c) = self.settings.cones, self.scaling
+        answer = solver._solve(_program(cones, *self.given), self.settings.memo[solver])
+        (x, dx), (y, dy) = (z / D for z in answer[::2]), (z * c / E for z in answer[1::2])
+        slack = project(HOST, cones, self.problem.bounds, self.problem.b - x @ self.problem.A.mT)
         return (x, slack - y), Direction(dx, dy)
 
     def linearize(self, v: np.ndarray) -> Linearization:
