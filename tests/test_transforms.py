@@ -91,11 +91,16 @@ def test_mesh_with_explicit_axes(layer, subject_of):
 
 @pytest.mark.parametrize("name", [name for name, case in LAYERS.items() if not case.on_host])
 def test_program_for_a_gpu(name):
-    """Lowered for CUDA, which needs no device, a layer and its gradient call only what runs there."""
+    """Lowered for CUDA, which needs no device, a layer and its gradient call only what runs there.
+
+    And they ask for products in full precision, which is not what GPUs make of single precision by default.
+    """
     jax = pytest.importorskip("jax")
     frontend, case = FRONTENDS["jax"](), LAYERS[name]
-    function, values = case.layer(frontend), [frontend.array(v, "float64") for v in case.values]
+    function, values = jax.jit(case.layer(frontend)), [frontend.array(v, "float64") for v in case.values]
     loss = jax.value_and_grad(lambda *v: (function(*v) ** 2).sum(), tuple(range(len(values))))
     program = jax.export.export(jax.jit(loss), platforms=["cuda"])(*values).mlir_module()
     calls = set(re.findall(r"custom_call @([\w.$]+)", program))
     assert all(call.startswith(("cu", "Sharding")) for call in calls), calls
+    products = re.findall(r"stablehlo.dot_general.*", program)
+    assert all("[HIGHEST, HIGHEST]" in product for product in products), products

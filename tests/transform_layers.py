@@ -53,7 +53,7 @@ def symmetric(xp, v):
 
 def gram(xp, R):
     """R'R + I, positive definite."""
-    return R.mT @ R + xp.eye(2, dtype=R.dtype)
+    return (R[..., :, None] * R[..., None, :]).sum(-3) + xp.eye(2, dtype=R.dtype)
 
 
 # Quadratic programs: two variables, three rows of which at most two are active.

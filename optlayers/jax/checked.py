@@ -13,8 +13,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
 from ..layers.conic import ConicLayer
 from ..status import check
+from .calling import in_full_precision
 
 
+@in_full_precision
 def run_checked(solve: Callable, layer: ConicLayer, data: Any, warm: Any, like: jax.Array) -> Any:
     """`solve(layer, data, warm, like)`; raises for failed problems as the layer's policy says.
 

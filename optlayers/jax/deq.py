@@ -13,6 +13,7 @@ from ..layers.deq import Start, equilibrium_doc, solve_equilibrium
 from ..layers.fixed_point import FixedPoint, FixedPointInfo
 from ..ops import jax as ops
 from ..solvers.fixed_point import Anderson, FixedPointSolver
+from .calling import in_full_precision
 
 
 @continues(equilibrium_doc)
@@ -48,6 +49,7 @@ class DEQ:
         self.start = start if start is None or callable(start) else tuple(start)
         self.settings = FixedPoint(solver, adjoint, tol, max_iter, order, on_failure, tuple(record))
 
+    @in_full_precision
     def solve(self, *x: Any, z0: Any = None, unroll: int | None = None) -> tuple[Any, FixedPointInfo]:
         """The equilibrium, and what became of each sample."""
         return solve_equilibrium(ops, self.settings, self.cell, self.start, z0, unroll, x)

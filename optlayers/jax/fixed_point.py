@@ -10,9 +10,11 @@ from ..layers.adjoint import Adjoint, Exact
 from ..layers.fixed_point import FixedPoint, fixed_point_doc
 from ..ops import jax as ops
 from ..solvers.fixed_point import Anderson, FixedPointSolver
+from .calling import in_full_precision
 
 
 @continues(fixed_point_doc)
+@in_full_precision
 def fixed_point(
     f: Callable,
     z0: Any,

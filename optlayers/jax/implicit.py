@@ -9,9 +9,11 @@ from jax import Array
 
 from ..implicit import Implicit
 from ..ops import jax as ops
+from .calling import in_full_precision
 
 
 class _Layer(Implicit):
+    @in_full_precision
     def __call__(self, *theta: Any) -> Array:
         return self.apply(ops, *theta)
 

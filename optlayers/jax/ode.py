@@ -20,6 +20,7 @@ from ..layers.ode import InitialValueProblem, Jumps, ODEInfo, ode_doc, odeint_do
 from ..layers.ode_adjoint import Adjoint, Discrete
 from ..ops import jax as ops
 from ..solvers.tableaux import Tableau
+from .calling import in_full_precision
 
 
 def _jumps(jumps: Jumps | None) -> Jumps | None:
@@ -32,6 +33,7 @@ def _event(event: Callable | None) -> Callable | None:
 
 
 @continues(odeint_doc)
+@in_full_precision
 def odeint(
     func: Callable,
     y0: Any,
@@ -100,6 +102,7 @@ class ODE:
             method, rtol, atol, adjoint, step_size, first_step, max_steps, order, on_failure
         )
 
+    @in_full_precision
     def solve(
         self, y0: Any, t: Array, *args: Any, jumps: Jumps | None = None, event: Callable | None = None
     ) -> tuple[Any, ODEInfo]:

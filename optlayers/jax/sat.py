@@ -8,6 +8,7 @@ from ..docstring import continues
 from ..layers.sat import SAT, SATSolution, sat_doc
 from ..ops import jax as ops
 from ..solvers.fixed_point import Anderson, FixedPointSolver, Picard
+from .calling import in_full_precision
 
 
 @continues(sat_doc)
@@ -50,6 +51,7 @@ class SATLayer:
         shape = (self.settings.clauses, self.settings.size)
         return self.settings.scale * jax.random.normal(key, shape, dtype)
 
+    @in_full_precision
     def solve(self, S: jax.Array, z: jax.Array, is_input: jax.Array) -> SATSolution:
         """As calling the layer, with the vectors, status and statistics; see `SATSolution`."""
         return self.settings(ops, S, ops.constant(self.directions, z), z, is_input)

@@ -20,7 +20,7 @@ from ..layers.ode import InitialValueProblem, Jumps, ODEInfo, ode_doc, odeint_do
 from ..layers.ode_adjoint import Adjoint, Discrete
 from ..ops import torch as ops
 from ..solvers.tableaux import Tableau
-from .calling import not_traced
+from .calling import in_full_precision, not_traced
 from .repeatable import snapshot
 
 WHY_NOT_TRACED = (
@@ -31,6 +31,7 @@ WHY_NOT_TRACED = (
 
 @continues(odeint_doc)
 @not_traced(WHY_NOT_TRACED)
+@in_full_precision
 def odeint(
     func: Callable,
     y0: Any,
@@ -107,6 +108,7 @@ class ODE(nn.Module):
         )
 
     @not_traced(WHY_NOT_TRACED)
+    @in_full_precision
     def solve(
         self, y0: Any, t: Tensor, *args: Any, jumps: Jumps | None = None, event: Callable | None = None
     ) -> tuple[Any, ODEInfo]:

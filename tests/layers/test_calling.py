@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 from frontends import FRONTENDS  # noqa: E402
-from optlayers.torch import DEQ, fixed_point, implicit  # noqa: E402
+from optlayers.torch import DEQ, fixed_point, implicit, odeint  # noqa: E402
 from transform_layers import LAYERS  # noqa: E402
 from transforms import Subject  # noqa: E402
 
@@ -43,13 +43,14 @@ def test_compiled_cell(cell, x):
     torch.testing.assert_close(gradient(compiled, x), gradient(DEQ(cell), x))
 
 
-@pytest.mark.parametrize("kind", ["DEQ", "fixed_point", "implicit"])
+@pytest.mark.parametrize("kind", ["DEQ", "fixed_point", "implicit", "odeint"])
 def test_autocast_is_off_inside(kind, cell, x):
     """Half precision becomes float32, and what follows has the accuracy of float32."""
     layers = {
         "DEQ": DEQ(cell),
         "fixed_point": lambda h: fixed_point(cell, 0 * h, h),
         "implicit": implicit(lambda h: torch.sign(h) * h.abs() ** (1 / 3), lambda z, h: z**3 - h),
+        "odeint": lambda h: odeint(lambda t, y: -y, h, torch.linspace(0, 1, 4))[1:3],
     }
     h = (x.detach() + 2).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
