@@ -6,6 +6,7 @@ from typing import NamedTuple
 import cvxpy as cp
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from checks import assert_close
 from frontends import FRONTENDS
@@ -288,3 +289,18 @@ def test_entropy_of_a_small_and_a_large_sum(frontend, rng, total):
     shares = np.exp(-values) / np.exp(-values).sum(-1, keepdims=True)
     assert_close(solution / total, shares, 1e-5)
     assert_close(gradient / total, -shares * (weights - (shares * weights).sum(-1, keepdims=True)), 1e-5)
+
+
+def test_no_direction_hides_multipliers_that_are_not_unique():
+    """Of three rows in the plane one null space in a hundred is nearly normal to a random vector."""
+    frontend = pytest.importorskip("torch") and FRONTENDS["torch"]()
+    solve, zero = frontend.module.solve_conic, frontend.module.Cones(zero=3)
+    angles = np.linspace(0.05, 3.05, 4000)
+    angles = np.stack([0 * angles, 0 * angles + 1, angles + 1], -1)
+    A, q = np.stack([np.cos(angles), np.sin(angles)], -1), frontend.array([1.0, 2.0])
+    b = A @ np.array([0.3, -0.2])
+    solution = solve(frontend.array(np.eye(2)), q, frontend.array(A), frontend.array(b), zero)
+    assert solution.regularity.x.all() and not solution.regularity.y.any()
+    for i in (1155, 3225):
+        solution = solve(sp.eye_array(2), q, sp.csc_array(A[i]), frontend.array(b[i]), zero)
+        assert solution.regularity.x and not solution.regularity.y

@@ -219,3 +219,22 @@ def test_host_solver_under_transforms(framework):
         family.batch(np.random.default_rng(0), 3), [np.ones((3, 3))]
     )
     assert_close(frontend.numpy(actual), expected, 1e-7)
+
+
+def test_library_that_panics_leaves_the_problem_to_the_next_solver(monkeypatch, torch_frontend, rng):
+    """As Clarabel does on some power cones of more than 3 dimensions, with what is no Exception."""
+
+    class PanicException(BaseException):
+        pass
+
+    class Broken:
+        def solve(self):
+            raise PanicException
+
+    family = CONE_FAMILIES["generalised_power_cones"]()
+    layer = torch_frontend.CvxpyLayer(family.problem, family.parameters, family.variables)
+    values = [torch_frontend.array(value) for value in family.batch(rng, 2)]
+    expected = layer(*values)
+    monkeypatch.setattr("optlayers.solvers.host.Clarabel._set_up", lambda self, program: Broken())
+    for actual, other in zip(layer(*values), expected, strict=True):
+        assert_close(torch_frontend.numpy(actual), torch_frontend.numpy(other), 1e-7)
