@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .ops import Array, MatrixFreeOps, Ops
 
 
@@ -57,6 +59,8 @@ class Implicit:
     def apply(self, ops: MatrixFreeOps, *theta: Any) -> Array:
         root = ops.call_detached(self.solve, *theta)
         shape = tuple(root.shape)
+        if not shape:
+            raise ValueError("solve(...) must give an array (B, ...), the batch axis in front, got a scalar")
 
         def residual(z):
             F = self.residual(z, *theta)
@@ -73,12 +77,46 @@ class Implicit:
         linear_solve = self.linear_solve
         if linear_solve:
             return lambda r: ops.solve_increment(residual, root, linear_solve, r)
-        return dense_inverse(ops, residual, root)
+        return dense_inverse(ops, _of_separate_rows(ops, residual, root, ops.jacobian(residual, root)))
 
 
-def dense_inverse(ops: Ops, residual: Callable[[Array], Array], root: Array) -> Callable[[Array], Array]:
-    """r to zero, whose derivative in r is the inverse of the residual's Jacobian at the root."""
-    factor = ops.lu_factor(ops.jacobian(residual, root))
+def _of_separate_rows(ops: MatrixFreeOps, residual: Callable, root: Array, jacobian: Array) -> Array:
+    """`jacobian`, found row by row. NaN for rows of the residual that depend on others, if it cannot raise.
+
+    A number t moves each row of the root along a direction of its own, and one number is made of each row of
+    the residual. The derivative in t is that which the Jacobians tell only if each row is alone.
+
+    Raises:
+        ValueError: a row of the residual depends on other rows of the root.
+    """
+    rows, k = root.shape[0], jacobian.shape[-1]
+    if not isinstance(rows, int) or rows == 1:  # or a size that jax.export leaves open
+        return jacobian
+    row = ops.constant(np.arange(1.0 * rows), root)[:, None]
+    index = ops.constant(np.arange(1.0, k + 1), root)[None]
+    direction, weight = ops.cos(index + 0.7 * row), ops.sin(index + 1.3 * row)
+    moved = lambda t: residual(root + ops.reshape(t * direction, root.shape))
+    number = lambda t: ops.sum(weight * ops.reshape(moved(t), weight.shape), -1, keepdims=True)
+    product = lambda w, J, d: ops.sum(w * ops.sum(J * d[:, None], -1), -1)
+    derivative = ops.jacobian(number, 0 * row)[:, 0, 0]
+    difference = abs(derivative - product(weight, jacobian, direction))
+    size = product(abs(weight), abs(jacobian), abs(direction))
+    flat = ops.reshape(jacobian, (rows, k * k))
+    is_mixed = difference > ops.eps(root) ** (1 / 3) * size
+    return ops.reshape(ops.reported(flat, is_mixed, _refuse_mixed_rows, is_mixed), jacobian.shape)
+
+
+def _refuse_mixed_rows(is_mixed: np.ndarray) -> None:
+    if is_mixed.any():
+        raise ValueError(
+            "rows of residual(z, ...) depend on other rows of z than their own, but the first axis of z is "
+            "that of the batch; give a single problem an axis of size 1 in front, or pass linear_solve"
+        )
+
+
+def dense_inverse(ops: Ops, jacobian: Array) -> Callable[[Array], Array]:
+    """r to zero, whose derivative in r is the inverse of the Jacobians (B, k, k)."""
+    factor = ops.lu_factor(jacobian)
 
     def invert(r, transposed, *factor):
         column = ops.reshape(r, (r.shape[0], math.prod(r.shape[1:]), 1))

@@ -104,7 +104,7 @@ class Stages:
         if self.order > 0:
             F = lambda z: z - value(z)
             if is_dense:
-                inverse = dense_inverse(ops, F, z)
+                inverse = dense_inverse(ops, ops.jacobian(F, z))
             else:
                 inverse = lambda r: ops.solve_increment(value, z, self._solve_linear(ops), r)
             z = attach(ops, F, inverse, z, self.order)

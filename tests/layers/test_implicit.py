@@ -128,6 +128,34 @@ def test_vmap_equals_batch(frontend, rng):
     assert_close(frontend.numpy(mapped), frontend.numpy(layer(M, b)), 1e-12)
 
 
+def test_rows_that_depend_on_one_another(frontend, rng):
+    """A single system (k,) where a batch of them is expected, the gradient of which was wrong in silence."""
+    M, b = (frontend.array(x[0]) for x in matrices(rng))
+    M, solve = M + 0.3 * frontend.array(rng.standard_normal((4, 4))), frontend.xp.linalg.solve
+    with pytest.raises(ValueError, match="axis of size 1 in front"):
+        frontend.implicit(lambda b: solve(M, b), lambda z, b: M @ z - b)(b)
+    layer = frontend.implicit(lambda b: solve(M, b), lambda z, b: M @ z - b, lambda J, r: solve(mapped(J), r))
+    mapped = lambda J: frontend.xp.stack([J(frontend.array(e)) for e in np.eye(4)], -1)
+    assert_close(
+        frontend.numpy(frontend.transforms.jacrev(layer)(b)), np.linalg.inv(frontend.numpy(M)), 1e-12
+    )
+
+
+def test_rows_that_depend_on_one_another_under_jit(rng):
+    jax = pytest.importorskip("jax")
+    from optlayers.jax import implicit
+
+    M, b = (x[0] for x in matrices(rng))
+    layer = implicit(lambda b: jax.numpy.linalg.solve(M, b), lambda z, b: M @ z - b)
+    assert np.isnan(jax.jit(jax.grad(lambda b: layer(b).sum()))(b)).all()
+
+
+def test_scalar_solution(frontend):
+    layer = frontend.implicit(lambda a: a ** (1 / 3), lambda z, a: z**3 - a)
+    with pytest.raises(ValueError, match="batch axis"):
+        layer(frontend.array(8.0))
+
+
 def test_wrong_shape_of_residual(frontend):
     layer = frontend.implicit(lambda a: a ** (1 / 3), lambda z, a: (z**3 - a).sum(-1))
     with pytest.raises(ValueError, match=r"shape of z, \(1, 2\), but has \(1,\)"):
