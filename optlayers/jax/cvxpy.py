@@ -19,7 +19,6 @@ from ..ops import jax as ops
 from ..status import SolveError
 from .arguments import common
 from .checked import run_checked
-from .sparse import HOST
 
 
 @continues(CvxpyProgram)
@@ -111,7 +110,7 @@ class CvxpyLayer:
     @functools.cached_property
     def _compiled(self):
         def solve(layer: ConicLayer, values, warm, like) -> Solution:
-            return self._program.solve(ops, HOST, layer, values, warm, like)
+            return self._program.solve(ops, layer, values, warm, like)
 
         return jax.jit(solve, static_argnums=0)
 

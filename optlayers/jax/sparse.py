@@ -1,4 +1,4 @@
-"""Sparse matrices of JAX and SciPy, and calls of the host with their derivatives."""
+"""Programs with sparse matrices of JAX and SciPy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
-from jax import lax
 from jax.experimental.sparse import BCOO, BCSR, JAXSparse
 
 from ..cones import Cones
@@ -39,12 +38,12 @@ def solve_conic(P, q, A, b, cones, warm, like, **options) -> ConicSolution:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _solve_box(layer, data, warm, like):
-    return sparse.solve_sparse_box(ops, HOST, layer, *data, warm, like)
+    return sparse.solve_sparse_box(ops, layer, *data, warm, like)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _solve_cone(cones, layer, data, warm, like):
-    return sparse.solve_sparse_cone(ops, HOST, layer, cones, *data, warm, like)
+    return sparse.solve_sparse_cone(ops, layer, cones, *data, warm, like)
 
 
 def _entries(matrix: Any, like: jax.Array, is_hessian: bool = False) -> sparse.Entries:
@@ -78,16 +77,3 @@ def _check(places: np.ndarray, is_hessian: bool) -> None:
         raise ValueError(f"indices of a sparse matrix must not be negative, got {places.min()}")
     if is_hessian:
         check_triangles(*places.T)
-
-
-class _Host:
-    @staticmethod
-    def call(function, shapes, *arrays):
-        arrays = [lax.stop_gradient(x) for x in arrays]
-        dtype = next(x.dtype for x in arrays if jnp.issubdtype(x.dtype, jnp.floating))
-        results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-        run = lambda *values: [np.asarray(x, dtype) for x in function(*map(np.asarray, values))]
-        return jax.pure_callback(run, results, *arrays, vmap_method="expand_dims")
-
-
-HOST = _Host()

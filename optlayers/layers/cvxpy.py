@@ -34,7 +34,7 @@ from .direct import curved_part, polyhedral_bounds
 from .elimination import eliminate, elimination
 from .grouping import arranged, compacted
 from .ranges import ranges
-from .sparse import Entries, HostCalls, SparseLayer, can_be_sparse, layer_of_size
+from .sparse import Entries, SparseLayer, can_be_sparse, layer_of_size
 
 
 def _is_for_sparse(program: Program) -> bool:
@@ -307,7 +307,6 @@ class CvxpyProgram:
     def solve(
         self,
         ops: Ops,
-        calls: HostCalls,
         layer: ConicLayer | SparseLayer,
         values: Sequence[Array],
         warm: Sequence[Array],
@@ -315,21 +314,16 @@ class CvxpyProgram:
     ) -> Solution:
         """The solution for values with any batch axes in front, in the dtype of the real `like`."""
         lead = batch_shape([tuple(value.shape) for value in values], self.parameters)
-        solution = self._solution(ops, calls, layer, values, warm, like, lead, chosen=None)
+        solution = self._solution(ops, layer, values, warm, like, lead, chosen=None)
         variables = self._read(ops, self.program.outputs, solution, lead, like)
         return Solution(variables, *restore_batch(ops, solution, lead, like))
 
     def call(
-        self,
-        ops: Ops,
-        calls: HostCalls,
-        layer: ConicLayer | SparseLayer,
-        values: Sequence[Array],
-        like: Array,
+        self, ops: Ops, layer: ConicLayer | SparseLayer, values: Sequence[Array], like: Array
     ) -> tuple[Array, ...]:
         """The variables of `solve` alone, without what only the rest of it takes."""
         lead = batch_shape([tuple(value.shape) for value in values], self.parameters)
-        solution = self._solution(ops, calls, layer, values, (), like, lead, self._chosen)
+        solution = self._solution(ops, layer, values, (), like, lead, self._chosen)
         outputs = self.program.outputs if self._chosen is None else self._outputs
         return self._read(ops, outputs, solution, lead, like)
 
@@ -338,7 +332,7 @@ class CvxpyProgram:
         return tuple(restore_array(ops, x, lead, like) for x in variables)
 
     def _solution(
-        self, ops, calls, layer, values, warm, like, lead, chosen: tuple[np.ndarray, np.ndarray] | None
+        self, ops, layer, values, warm, like, lead, chosen: tuple[np.ndarray, np.ndarray] | None
     ) -> ConicSolution:
         """The solution with one batch axis; after an elimination of `chosen` entries of x alone, if given."""
         flat = []
@@ -360,7 +354,7 @@ class CvxpyProgram:
             warm[1:] = self.ranges.merge(ops, *warm[1:])
         with batch_axes(lead):
             if self.pattern is not None:
-                solution = self._solve_sparse(ops, calls, layer, data, warm)
+                solution = self._solve_sparse(ops, layer, data, warm)
             elif self.elimination is None:
                 solution = layer(ops, data, *warm)
             else:
@@ -371,14 +365,14 @@ class CvxpyProgram:
             solution = self.ranges.restore(ops, solution)
         return solution
 
-    def _solve_sparse(self, ops, calls, layer, data, warm) -> ConicSolution:
+    def _solve_sparse(self, ops, layer, data, warm) -> ConicSolution:
         """As `layer(ops, data, *warm)`, for data of which P and A are entries."""
         P, q, A, b, l, u = (z[None] if z.ndim == 1 else z for z in data)
         P, A = (
             Entries(values, *(ops.constant(index, q) for index in places))
             for values, places in zip((P, A), self.pattern, strict=True)
         )
-        return layer(ops, calls, P, A, (q, b, l, u), [z[None] if z.ndim == 1 else z for z in warm])
+        return layer(ops, P, A, (q, b, l, u), [z[None] if z.ndim == 1 else z for z in warm])
 
     def headline(self) -> str:
         """Sizes of the problem in one line."""

@@ -18,7 +18,7 @@ from ..ops.torch.context import outside
 from ..status import SolveError
 from .arguments import common
 from .compiled import CompiledProgram
-from .sparse import HOST, on_host
+from .sparse import on_host
 
 ops.run_while_compiling(CvxpyProgram.splits)
 ops.run_while_compiling(CvxpyProgram.bounds)
@@ -120,8 +120,8 @@ class CvxpyLayer(torch.nn.Module):
 
         def plain(params):
             if is_dense and host.serves_call(tensors(params)):
-                return host.call(functools.partial(method, program), HOST, layer, params, *more, like)
-            return run(program, ops, HOST, layer, params, *more, like)
+                return host.call(functools.partial(method, program), layer, params, *more, like)
+            return run(program, ops, layer, params, *more, like)
 
         try:
             if self._compiled and is_dense and host.is_readable(tensors(params)):

@@ -106,7 +106,7 @@ class _Matrices:
     cones: Cones | None
     given: tuple[bool, ...]
 
-    def solve(self, ops, calls, layer, values, warm, like) -> Solution:
+    def solve(self, ops, layer, values, warm, like) -> Solution:
         rest = iter(values)
         data = [next(rest) if given else None for given in self.given]
         if self.cones is None:
@@ -129,7 +129,7 @@ def _solve(
 ) -> ConicSolution:
     program = _Matrices(cones, tuple(x is not None for x in data))
     values, warm = [x for x in data if x is not None], _point(warm_start)
-    plain = lambda values: program.solve(ops, None, layer, values, warm, like)
+    plain = lambda values: program.solve(ops, layer, values, warm, like)
     if compiled and layer.gradient is None and host.is_readable([*values, *warm]):
         solution = _compiled(program).solve(plain, layer, True, values, warm, like)
     else:
