@@ -148,7 +148,7 @@ class ConicSolve:
             point = 0 * problem.q, 0 * problem.b
         none = 0 * ops.cast(finite, q)[:, None]  # which in JAX differs by device if any of the data do
         point = tuple(z + none for z in point)
-        progress = start(ops, self.cones, problem, scaling, *point)
+        progress = start(ops, self.cones, problem, *point)
         status = ops.where(crossed, Status.PRIMAL_INFEASIBLE.code, progress.status)
         status = ops.where(finite, status, Status.NON_FINITE.code)
         if not (self.linear or self.convex):
