@@ -13,8 +13,8 @@ from jax import Array
 
 from ..docstring import continues
 from ..layers.approximate import LPGD, Smoothed
-from ..layers.conic import ConicLayer
-from ..layers.cvxpy import CvxpyProgram, Solution, faults, name
+from ..layers.conic import ConicLayer, point_of
+from ..layers.cvxpy import CvxpyProgram, Solution, faults
 from ..ops import jax as ops
 from ..status import SolveError
 from .arguments import common
@@ -97,8 +97,7 @@ class CvxpyLayer:
         """
         program = self._program
         values = [jnp.asarray(value) for value in params]
-        like = _like(values, program.parameters)
-        warm = () if warm_start is None else (warm_start.x, warm_start.s, warm_start.y)
+        like, warm = program.like(common, values), point_of(warm_start)
         try:
             return run_checked(self._compiled, program.layer(solver_args), values, warm, like)
         except SolveError as error:
@@ -123,9 +122,3 @@ class CvxpyLayer:
 
     def __repr__(self) -> str:
         return f"CvxpyLayer({self._program.headline()})"
-
-
-def _like(values: Sequence[Array], parameters: Sequence[Any]) -> Array:
-    """A real scalar with the dtype of the results."""
-    label = lambda i: f"parameter {name(parameters[i])}"
-    return common(values[: len(parameters)], label, lambda i: parameters[i].is_complex())

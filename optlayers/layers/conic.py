@@ -385,6 +385,11 @@ def flatten_warm(ops: Ops, warm: Sequence[Array], lead: tuple[int, ...], n: int,
     return tuple(ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm)
 
 
+def point_of(solution: Any) -> tuple[Array, ...]:
+    """(x, s, y) of an earlier solution to start from, nothing of None."""
+    return () if solution is None else (solution.x, solution.s, solution.y)
+
+
 def restore_batch(ops: Ops, solution: ConicSolution, lead: tuple[int, ...], like: Array) -> ConicSolution:
     """`solution` with the batch axes `lead` and the dtype of `like`."""
     x, s, y, status, iterations, residual, regularity = solution

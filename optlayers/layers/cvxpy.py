@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -285,6 +285,11 @@ class CvxpyProgram:
     def layer(self, solver_args: Mapping[str, Any] | None) -> ConicLayer | SparseLayer:
         """The settings of one call, in which `solver_args` go before those of the constructor."""
         return self._configured(solver_args) if solver_args else self._layer
+
+    def like(self, common: Callable[..., Array], values: Sequence[Array]) -> Array:
+        """A real scalar with the type of the results, by `common` of the frontend's `arguments`."""
+        label = lambda i: f"parameter {name(self.parameters[i])}"
+        return common(values[: len(self.parameters)], label, lambda i: self.parameters[i].is_complex())
 
     # Frontends may compile what calls these two; they are functions of constants, to be run and not traced.
     def splits(self, batched: tuple[bool, ...]) -> tuple[Any, ...]:

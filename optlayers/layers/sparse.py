@@ -190,7 +190,6 @@ def sparse_layer(
     q: Array,
     A: Any,
     cones: Cones,
-    *,
     solver: Any,
     eps: float,
     order: int,
@@ -245,7 +244,12 @@ def layer_of_size(
     return SparseLayer(solve, order, on_failure, has_free_row)
 
 
-def solve_sparse_box(
+def solve_sparse(ops: Ops, layer: SparseLayer, cones: Cones | None, *args: Any) -> ConicSolution:
+    """`_solve_cone`, or `_solve_box` where there are no cones."""
+    return _solve_box(ops, layer, *args) if cones is None else _solve_cone(ops, layer, cones, *args)
+
+
+def _solve_box(
     ops: Ops,
     layer: SparseLayer,
     matrices: tuple[Entries, Entries],
@@ -267,7 +271,7 @@ def solve_sparse_box(
     return restore_batch(ops, solution._replace(s=-solution.s), lead, like)
 
 
-def solve_sparse_cone(
+def _solve_cone(
     ops: Ops,
     layer: SparseLayer,
     cones: Cones,

@@ -9,10 +9,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from ..cones import Cones
 from ..layers import sparse
 from ..layers.conic import ConicSolution
-from ..layers.direct import curved_part
 from ..ops import torch as ops
 from .calling import not_traced
 
@@ -25,17 +23,10 @@ on_host = not_traced(ops.HOST_IS_NOT_TRACED)
 
 
 @on_host
-def solve_qp(P, q, A, l, u, warm, like, **options) -> ConicSolution:
-    layer = sparse.sparse_layer(P, q, A, Cones(), **options)
+def solve(cones, curved, P, A, vectors, warm, like, *choices) -> ConicSolution:
+    layer = sparse.sparse_layer(P, vectors[0], A, curved, *choices)
     matrices = _entries(P, like), _entries(A, like)
-    return sparse.solve_sparse_box(ops, layer, matrices, (q, l, u), warm, like)
-
-
-@on_host
-def solve_conic(P, q, A, b, cones, warm, like, **options) -> ConicSolution:
-    layer = sparse.sparse_layer(P, q, A, curved_part(cones), **options)
-    matrices = _entries(P, like), _entries(A, like)
-    return sparse.solve_sparse_cone(ops, layer, cones, matrices, (q, b), warm, like)
+    return sparse.solve_sparse(ops, layer, cones, matrices, vectors, warm, like)
 
 
 def _entries(matrix: Any, like: Tensor) -> sparse.Entries:
