@@ -24,8 +24,8 @@ from ..solvers.choice import AUTOMATIC, NAMED, choose, configure
 from ..solvers.host import OSQP, Clarabel, Host
 from ..solvers.scaling import Scaling
 from ..solvers.sparse import SparseSolve
-from ..status import batch_axes, check, is_usable
-from .conic import ConicSolution, check_choices, flatten_warm, is_derived, restore_batch
+from ..status import batch_axes, check
+from .conic import ConicSolution, check_choices, flatten_warm, is_derived, restore_batch, with_failures
 from .conic_derivative import finite_entries
 from .direct import INFINITE, _prepare, polyhedral_bounds
 
@@ -78,11 +78,7 @@ class SparseLayer:
             ops.on_host(check, solution.status, solution.residual)
         if self.has_free_row:
             solution = solution._replace(s=solution.s[:, 1:], y=solution.y[:, 1:])
-        if self.on_failure != "nan":
-            return solution
-        failed = ~is_usable(solution.status)[:, None]
-        x, s, y = (ops.where(failed, ops.nan, z) for z in solution[:3])
-        return solution._replace(x=x, s=s, y=y)
+        return with_failures(ops, self.on_failure, solution)
 
 
 def _differentiable(
