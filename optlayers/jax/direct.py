@@ -92,6 +92,7 @@ def _solve(
     choices: tuple[Any, ...],
     rescue: bool,
 ) -> ConicSolution:
+    """`solve_conic`, or `solve_qp` where there are no cones."""
     is_kept = lambda key, x: sparse.is_sparse(x) or (x is None and key != "q")
     arrays = {key: x if is_kept(key, x) else jnp.asarray(x) for key, x in data.items()}
     typed = {key: x for key, x in arrays.items() if not (x is None or issparse(x))}

@@ -116,6 +116,7 @@ def _solve(
     rescue: bool,
     compiled: bool,
 ) -> ConicSolution:
+    """`solve_conic`, or `solve_qp` where there are no cones."""
     P, q, A, *vectors = data.values()
     # Matrices of SciPy have no type of the results to say; q must be there.
     typed = {key: x for key, x in data.items() if key == "q" or not (x is None or issparse(x))}
