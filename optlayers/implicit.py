@@ -123,3 +123,21 @@ def dense_inverse(ops: Ops, jacobian: Array) -> Callable[[Array], Array]:
         return ops.reshape(ops.lu_solve(factor, column, transpose=transposed), r.shape)
 
     return lambda r: ops.increment(invert, r, *factor)
+
+
+def implicit_doc():
+    """A layer whose value comes from `solve` and whose derivatives from `residual(z, *theta) == 0`.
+
+    Args:
+        solve: theta to z (B, ...), by any algorithm; it is never differentiated.
+        residual: (z, *theta) to an array of the shape of z that is zero at the solution, in operations of the
+            framework; row i may depend on row i of z only. It may close over parameters of modules and traced
+            values: their gradients arrive.
+        linear_solve: (J, r) to J^-1 r, where J(dz) is the derivative of the residual in z, in reverse mode
+            the transpose of that; never differentiated. By default the Jacobians (B, k, k) are formed and
+            factorised, k entries of z per row.
+        order: how many derivatives are right; more raise NotImplementedError.
+
+    Returns:
+        The layer, theta to z. Forward and reverse mode, their nestings and vmap work.
+    """

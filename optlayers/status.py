@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+FAILURE_POLICIES = ("raise", "nan", "mask", "ignore")  # of a layer, for problems without solution
+
 
 class Status(Enum):
     """What became of one problem. The value is the message shown to the user; `code` is stored in arrays.

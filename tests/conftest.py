@@ -93,3 +93,10 @@ def frontend(request):
     """`optlayers.torch`, then `optlayers.jax`, as `frontends` presents them."""
     pytest.importorskip(request.param)
     return FRONTENDS[request.param]()
+
+
+@pytest.fixture(scope="session")
+def torch_frontend():
+    """For what does not depend on the framework."""
+    pytest.importorskip("torch")
+    return FRONTENDS["torch"]()

@@ -128,3 +128,18 @@ class Jax:
 
 
 FRONTENDS = {"torch": Torch, "jax": Jax}
+
+
+def in_each_framework(cases, fast_in_jax):
+    """Parameters (case, framework) of a test; in JAX, which compiles each, slow but for the fast ones."""
+    import pytest  # which benchmarks do without
+
+    return [
+        pytest.param(
+            (case, framework),
+            id=f"{getattr(case, '__name__', case)}-{framework}",
+            marks=[pytest.mark.slow] if framework == "jax" and case not in fast_in_jax else [],
+        )
+        for case in cases
+        for framework in FRONTENDS
+    ]

@@ -17,7 +17,6 @@ from ..layers.conic import ConicLayer
 from ..layers.cvxpy import Solution
 from ..ops import jax as ops
 from ..ops.jax.context import alike
-from .sparse import HOST
 
 
 class CompiledFunction:
@@ -124,7 +123,7 @@ class CompiledFunction:
         )(values, warm)
 
     def _solve(self, layer, whole, values, warm, like):
-        solution = self._function(_FIRST_ORDER, HOST, layer, values, warm, like)
+        solution = self._function(_FIRST_ORDER, layer, values, warm, like)
         derived = [*solution.variables, *((solution.x, solution.s, solution.y) if whole else ())]
         return derived, [solution.status, solution.iterations, solution.residual, *solution.regularity]
 

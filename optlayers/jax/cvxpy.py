@@ -13,13 +13,12 @@ from jax import Array
 
 from ..docstring import continues
 from ..layers.approximate import LPGD, Smoothed
-from ..layers.conic import ConicLayer
-from ..layers.cvxpy import CvxpyProgram, Solution, faults, name
+from ..layers.conic import ConicLayer, point_of
+from ..layers.cvxpy import CvxpyProgram, Solution, faults
 from ..ops import jax as ops
 from ..status import SolveError
 from .arguments import common
 from .checked import run_checked
-from .sparse import HOST
 
 
 @continues(CvxpyProgram)
@@ -98,8 +97,7 @@ class CvxpyLayer:
         """
         program = self._program
         values = [jnp.asarray(value) for value in params]
-        like = _like(values, program.parameters)
-        warm = () if warm_start is None else (warm_start.x, warm_start.s, warm_start.y)
+        like, warm = program.like(common, values), point_of(warm_start)
         try:
             return run_checked(self._compiled, program.layer(solver_args), values, warm, like)
         except SolveError as error:
@@ -111,7 +109,7 @@ class CvxpyLayer:
     @functools.cached_property
     def _compiled(self):
         def solve(layer: ConicLayer, values, warm, like) -> Solution:
-            return self._program.solve(ops, HOST, layer, values, warm, like)
+            return self._program.solve(ops, layer, values, warm, like)
 
         return jax.jit(solve, static_argnums=0)
 
@@ -124,9 +122,3 @@ class CvxpyLayer:
 
     def __repr__(self) -> str:
         return f"CvxpyLayer({self._program.headline()})"
-
-
-def _like(values: Sequence[Array], parameters: Sequence[Any]) -> Array:
-    """A real scalar with the dtype of the results."""
-    label = lambda i: f"parameter {name(parameters[i])}"
-    return common(values[: len(parameters)], label, lambda i: parameters[i].is_complex())

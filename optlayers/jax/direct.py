@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,8 +14,8 @@ from scipy.sparse import issparse
 from ..cones import Cones
 from ..docstring import continues
 from ..layers.approximate import LPGD, Smoothed
-from ..layers.conic import ConicSolution, conic_layer
-from ..layers.direct import curved_part, solve_box, solve_cone
+from ..layers.conic import ConicSolution, conic_layer, point_of
+from ..layers.direct import curved_part, solve_box, solve_cone, solve_matrices
 from ..ops import jax as ops
 from . import sparse
 from .arguments import common
@@ -48,12 +49,8 @@ def solve_qp(
         >>> jax.grad(total)(jnp.array([-3.0, 0.5])).round(6).tolist()
         [0.0, -1.0]
     """
-    (P, q, A, l, u), like = _arrays(P=P, q=q, A=A, l=l, u=u)
-    if sparse.is_sparse(P) or sparse.is_sparse(A):
-        options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
-        return sparse.solve_qp(P, q, A, l, u, _point(warm_start), like, gradient=gradient, **options)
-    layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient)
-    return run_checked(_solve_box, layer, (P, q, A, l, u), _point(warm_start), like)
+    data, choices = {"P": P, "q": q, "A": A, "l": l, "u": u}, (solver, eps, order, on_failure, gradient)
+    return _solve(None, Cones(), data, warm_start, choices, rescue)
 
 
 @continues(solve_cone)
@@ -83,34 +80,32 @@ def solve_conic(
         >>> abs(solution.x).round(6).tolist()
         [0.0, 2.0]
     """
-    (P, q, A, b), like = _arrays(P=P, q=q, A=A, b=b)
-    if sparse.is_sparse(P) or sparse.is_sparse(A):
-        options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
-        return sparse.solve_conic(P, q, A, b, cones, _point(warm_start), like, gradient=gradient, **options)
-    layer = conic_layer(
-        curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient
-    )
-    solve = functools.partial(_solve_cone, cones)
-    return run_checked(solve, layer, (P, q, A, b), _point(warm_start), like)
+    data, choices = {"P": P, "q": q, "A": A, "b": b}, (solver, eps, order, on_failure, gradient)
+    return _solve(cones, curved_part(cones), data, warm_start, choices, rescue)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _solve_box(layer, data, warm, like):
-    return solve_box(ops, layer, data, warm, like)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _solve_cone(cones, layer, data, warm, like):
-    return solve_cone(ops, layer, cones, data, warm, like)
-
-
-def _arrays(**data: Any) -> tuple[list[Any], Array]:
-    """The data, dense ones as arrays, and a scalar of the type of the results."""
+def _solve(
+    cones: Cones | None,
+    curved: Cones,
+    data: Mapping[str, Any],
+    warm_start: ConicSolution | None,
+    choices: tuple[Any, ...],
+    rescue: bool,
+) -> ConicSolution:
+    """`solve_conic`, or `solve_qp` where there are no cones."""
     is_kept = lambda key, x: sparse.is_sparse(x) or (x is None and key != "q")
     arrays = {key: x if is_kept(key, x) else jnp.asarray(x) for key, x in data.items()}
     typed = {key: x for key, x in arrays.items() if not (x is None or issparse(x))}
-    return [*arrays.values()], common([*typed.values()], [*typed].__getitem__, lambda i: False)
+    like, warm = common([*typed.values()], [*typed].__getitem__, lambda i: False), point_of(warm_start)
+    P, q, A, *vectors = arrays.values()
+    if sparse.is_sparse(P) or sparse.is_sparse(A):
+        return sparse.solve(cones, curved, P, A, (q, *vectors), warm, like, *choices)
+    solver, eps, order, on_failure, gradient = choices
+    layer = conic_layer(curved, P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient)
+    solve = functools.partial(_solve_dense, cones)
+    return run_checked(solve, layer, (P, q, A, *vectors), warm, like)
 
 
-def _point(solution: ConicSolution | None) -> tuple[Array, ...]:
-    return () if solution is None else (solution.x, solution.s, solution.y)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _solve_dense(cones, layer, data, warm, like):
+    return solve_matrices(ops, layer, cones, data, warm, like)

@@ -1,4 +1,4 @@
-"""Sparse matrices of JAX and SciPy, and calls of the host with their derivatives."""
+"""Programs with sparse matrices of JAX and SciPy."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
-from jax import lax
 from jax.experimental.sparse import BCOO, BCSR, JAXSparse
 
-from ..cones import Cones
 from ..layers import sparse
 from ..layers.conic import ConicSolution
-from ..layers.direct import curved_part
 from ..ops import jax as ops
 from ..solvers.sparse import check_triangles
 from .checked import run_checked
@@ -25,26 +22,15 @@ def is_sparse(matrix: Any) -> bool:
     return sp.issparse(matrix) or isinstance(matrix, JAXSparse)
 
 
-def solve_qp(P, q, A, l, u, warm, like, **options) -> ConicSolution:
-    layer = sparse.sparse_layer(P, q, A, Cones(), **options)
+def solve(cones, curved, P, A, vectors, warm, like, *choices) -> ConicSolution:
+    layer = sparse.sparse_layer(P, vectors[0], A, curved, *choices)
     matrices = _entries(P, like, is_hessian=True), _entries(A, like)
-    return run_checked(_solve_box, layer, (matrices, (q, l, u)), warm, like)
-
-
-def solve_conic(P, q, A, b, cones, warm, like, **options) -> ConicSolution:
-    layer = sparse.sparse_layer(P, q, A, curved_part(cones), **options)
-    matrices = _entries(P, like, is_hessian=True), _entries(A, like)
-    return run_checked(functools.partial(_solve_cone, cones), layer, (matrices, (q, b)), warm, like)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _solve_box(layer, data, warm, like):
-    return sparse.solve_sparse_box(ops, HOST, layer, *data, warm, like)
+    return run_checked(functools.partial(_solve, cones), layer, (matrices, vectors), warm, like)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _solve_cone(cones, layer, data, warm, like):
-    return sparse.solve_sparse_cone(ops, HOST, layer, cones, *data, warm, like)
+def _solve(cones, layer, data, warm, like):
+    return sparse.solve_sparse(ops, layer, cones, *data, warm, like)
 
 
 def _entries(matrix: Any, like: jax.Array, is_hessian: bool = False) -> sparse.Entries:
@@ -78,16 +64,3 @@ def _check(places: np.ndarray, is_hessian: bool) -> None:
         raise ValueError(f"indices of a sparse matrix must not be negative, got {places.min()}")
     if is_hessian:
         check_triangles(*places.T)
-
-
-class _Host:
-    @staticmethod
-    def call(function, shapes, *arrays):
-        arrays = [lax.stop_gradient(x) for x in arrays]
-        dtype = next(x.dtype for x in arrays if jnp.issubdtype(x.dtype, jnp.floating))
-        results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-        run = lambda *values: [np.asarray(x, dtype) for x in function(*map(np.asarray, values))]
-        return jax.pure_callback(run, results, *arrays, vmap_method="expand_dims")
-
-
-HOST = _Host()

@@ -29,7 +29,7 @@ from ..solvers.choice import choose, configure
 from ..solvers.host import Host
 from ..solvers.refinement import Point, smallest_regularization
 from ..solvers.scaling import Scaling, equilibrate
-from ..status import Status, check, is_usable
+from ..status import FAILURE_POLICIES, Status, check, is_usable
 from .approximate import LPGD, Smoothed, lpgd, smoothed
 from .conic_derivative import adjoint, cleaned, derived, finite_entries
 
@@ -148,7 +148,7 @@ class ConicSolve:
             point = 0 * problem.q, 0 * problem.b
         none = 0 * ops.cast(finite, q)[:, None]  # which in JAX differs by device if any of the data do
         point = tuple(z + none for z in point)
-        progress = start(ops, self.cones, problem, scaling, *point)
+        progress = start(ops, self.cones, problem, *point)
         status = ops.where(crossed, Status.PRIMAL_INFEASIBLE.code, progress.status)
         status = ops.where(finite, status, Status.NON_FINITE.code)
         if not (self.linear or self.convex):
@@ -233,9 +233,6 @@ def _replace_non_finite(ops: Ops, problem: Problem) -> tuple[Problem, Array, Arr
     return problem, finite, crossed
 
 
-FAILURE_POLICIES = ("raise", "nan", "mask", "ignore")
-
-
 def check_choices(cones: Cones, order: int, on_failure: str) -> None:
     """
     Raises:
@@ -248,6 +245,15 @@ def check_choices(cones: Cones, order: int, on_failure: str) -> None:
         )
     if on_failure not in FAILURE_POLICIES:
         raise ValueError(f"on_failure must be one of {FAILURE_POLICIES}, got {on_failure!r}")
+
+
+def with_failures(ops: Ops, on_failure: str, solution: ConicSolution) -> ConicSolution:
+    """The solution, with NaN for what was not solved if the policy is "nan"."""
+    if on_failure != "nan":
+        return solution
+    failed = ~is_usable(solution.status)[:, None]
+    x, s, y = (ops.where(failed, ops.nan, z) for z in solution[:3])
+    return solution._replace(x=x, s=s, y=y)
 
 
 def is_derived(on_failure: str, status: Array) -> Array:
@@ -294,11 +300,7 @@ class ConicLayer:
             data, warm = _with_free_row(ops, data, warm)
         solution = self._derive(ops, data, warm)
         solution = restore(solution._replace(s=solution.s[:, :rows], y=solution.y[:, :rows]))
-        if self.on_failure != "nan":
-            return solution
-        failed = ~is_usable(solution.status)[:, None]
-        x, s, y = (ops.where(failed, ops.nan, z) for z in solution[:3])
-        return solution._replace(x=x, s=s, y=y)
+        return with_failures(ops, self.on_failure, solution)
 
     def is_derived(self, status: Array) -> Array:
         return is_derived(self.on_failure, status)
@@ -383,6 +385,11 @@ def flatten_warm(ops: Ops, warm: Sequence[Array], lead: tuple[int, ...], n: int,
                 "it is to be an earlier solution of the same problem for the same batch"
             )
     return tuple(ops.widest(flatten_batch(ops, ops.stop_gradient(z), 1)) for z in warm)
+
+
+def point_of(solution: Any) -> tuple[Array, ...]:
+    """(x, s, y) of an earlier solution to start from, nothing of None."""
+    return () if solution is None else (solution.x, solution.s, solution.y)
 
 
 def restore_batch(ops: Ops, solution: ConicSolution, lead: tuple[int, ...], like: Array) -> ConicSolution:

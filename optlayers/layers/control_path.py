@@ -147,15 +147,15 @@ def _at(ops: MatrixFreeOps, t: Array, i: Array) -> Array:
     return _along(ops, ops.broadcast_to(t[..., None], i.shape), i)
 
 
-def _lengths(ops: MatrixFreeOps, t: Array) -> tuple[Array, Array]:
-    """Lengths of the pieces (B, N - 1, 1), with 1 for zero; and which are not zero."""
+def _lengths(ops: MatrixFreeOps, t: Array) -> Array:
+    """Lengths of the pieces (B, N - 1, 1), with 1 for zero."""
     length = (t[:, 1:] - t[:, :-1])[..., None]
-    return ops.where(length > 0, length, 1.0), length > 0
+    return ops.where(length > 0, length, 1.0)
 
 
 def linear(ops: MatrixFreeOps, t: Array, x: Array, observed: Array) -> tuple[Array, Array]:
     x = _filled(ops, t, x, observed)
-    length, _ = _lengths(ops, t)
+    length = _lengths(ops, t)
     slope = (x[:, 1:] - x[:, :-1]) / length
     return t, ops.stack([x[:, :-1], slope, 0 * slope, 0 * slope], 2)
 
@@ -173,14 +173,14 @@ def rectilinear(ops: MatrixFreeOps, t: Array, x: Array, observed: Array) -> tupl
     shape = (t.shape[0], 2 * t.shape[1] - 2)
     times = ops.concat([ops.reshape(ops.stack([t[:, :-1], middle], 2), shape), t[:, -1:]], 1)
     points = ops.reshape(ops.stack([held[:, :-1], moved], 2), (*shape, x.shape[2]))
-    everywhere = ops.isfinite(ops.concat([points, held[:, -1:]], 1))
-    return linear(ops, times, ops.concat([points, held[:, -1:]], 1), everywhere)
+    points = ops.concat([points, held[:, -1:]], 1)
+    return linear(ops, times, points, ops.isfinite(points))
 
 
 def hermite(ops: MatrixFreeOps, t: Array, x: Array, observed: Array) -> tuple[Array, Array]:
     """Cubic Hermite with backward differences (Morrill et al. 2021): causal but for the piece itself."""
     x = _filled(ops, t, x, observed)
-    length, _ = _lengths(ops, t)
+    length = _lengths(ops, t)
     slope = (x[:, 1:] - x[:, :-1]) / length
     start = ops.concat([slope[:, :1], slope[:, :-1]], 1)
     return t, ops.stack([x[:, :-1], start, 2 * (slope - start) / length, (start - slope) / length**2], 2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from .direct import curved_part, polyhedral_bounds
 from .elimination import eliminate, elimination
 from .grouping import arranged, compacted
 from .ranges import ranges
-from .sparse import Entries, HostCalls, SparseLayer, can_be_sparse, layer_of_size
+from .sparse import Entries, SparseLayer, can_be_sparse, layer_of_size
 
 
 def _is_for_sparse(program: Program) -> bool:
@@ -286,6 +286,11 @@ class CvxpyProgram:
         """The settings of one call, in which `solver_args` go before those of the constructor."""
         return self._configured(solver_args) if solver_args else self._layer
 
+    def like(self, common: Callable[..., Array], values: Sequence[Array]) -> Array:
+        """A real scalar with the type of the results, by `common` of the frontend's `arguments`."""
+        label = lambda i: f"parameter {name(self.parameters[i])}"
+        return common(values[: len(self.parameters)], label, lambda i: self.parameters[i].is_complex())
+
     # Frontends may compile what calls these two; they are functions of constants, to be run and not traced.
     def splits(self, batched: tuple[bool, ...]) -> tuple[Any, ...]:
         return splits(self.solved, batched)
@@ -307,7 +312,6 @@ class CvxpyProgram:
     def solve(
         self,
         ops: Ops,
-        calls: HostCalls,
         layer: ConicLayer | SparseLayer,
         values: Sequence[Array],
         warm: Sequence[Array],
@@ -315,21 +319,16 @@ class CvxpyProgram:
     ) -> Solution:
         """The solution for values with any batch axes in front, in the dtype of the real `like`."""
         lead = batch_shape([tuple(value.shape) for value in values], self.parameters)
-        solution = self._solution(ops, calls, layer, values, warm, like, lead, chosen=None)
+        solution = self._solution(ops, layer, values, warm, like, lead, chosen=None)
         variables = self._read(ops, self.program.outputs, solution, lead, like)
         return Solution(variables, *restore_batch(ops, solution, lead, like))
 
     def call(
-        self,
-        ops: Ops,
-        calls: HostCalls,
-        layer: ConicLayer | SparseLayer,
-        values: Sequence[Array],
-        like: Array,
+        self, ops: Ops, layer: ConicLayer | SparseLayer, values: Sequence[Array], like: Array
     ) -> tuple[Array, ...]:
         """The variables of `solve` alone, without what only the rest of it takes."""
         lead = batch_shape([tuple(value.shape) for value in values], self.parameters)
-        solution = self._solution(ops, calls, layer, values, (), like, lead, self._chosen)
+        solution = self._solution(ops, layer, values, (), like, lead, self._chosen)
         outputs = self.program.outputs if self._chosen is None else self._outputs
         return self._read(ops, outputs, solution, lead, like)
 
@@ -338,7 +337,7 @@ class CvxpyProgram:
         return tuple(restore_array(ops, x, lead, like) for x in variables)
 
     def _solution(
-        self, ops, calls, layer, values, warm, like, lead, chosen: tuple[np.ndarray, np.ndarray] | None
+        self, ops, layer, values, warm, like, lead, chosen: tuple[np.ndarray, np.ndarray] | None
     ) -> ConicSolution:
         """The solution with one batch axis; after an elimination of `chosen` entries of x alone, if given."""
         flat = []
@@ -360,7 +359,7 @@ class CvxpyProgram:
             warm[1:] = self.ranges.merge(ops, *warm[1:])
         with batch_axes(lead):
             if self.pattern is not None:
-                solution = self._solve_sparse(ops, calls, layer, data, warm)
+                solution = self._solve_sparse(ops, layer, data, warm)
             elif self.elimination is None:
                 solution = layer(ops, data, *warm)
             else:
@@ -371,14 +370,14 @@ class CvxpyProgram:
             solution = self.ranges.restore(ops, solution)
         return solution
 
-    def _solve_sparse(self, ops, calls, layer, data, warm) -> ConicSolution:
+    def _solve_sparse(self, ops, layer, data, warm) -> ConicSolution:
         """As `layer(ops, data, *warm)`, for data of which P and A are entries."""
         P, q, A, b, l, u = (z[None] if z.ndim == 1 else z for z in data)
         P, A = (
             Entries(values, *(ops.constant(index, q) for index in places))
             for values, places in zip((P, A), self.pattern, strict=True)
         )
-        return layer(ops, calls, P, A, (q, b, l, u), [z[None] if z.ndim == 1 else z for z in warm])
+        return layer(ops, P, A, (q, b, l, u), [z[None] if z.ndim == 1 else z for z in warm])
 
     def headline(self) -> str:
         """Sizes of the problem in one line."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -93,6 +94,11 @@ def solve_cone(
     with batch_axes(lead):
         solution = layer(ops, Problem(P, q, A, b, lower, upper), *warm)
     return restore_batch(ops, solution, lead, like)
+
+
+def solve_matrices(ops: Ops, layer: ConicLayer, cones: Cones | None, *args: Any) -> ConicSolution:
+    """`solve_cone`, or `solve_box` where there are no cones."""
+    return solve_box(ops, layer, *args) if cones is None else solve_cone(ops, layer, cones, *args)
 
 
 def curved_part(cones: Cones) -> Cones:

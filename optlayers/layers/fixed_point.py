@@ -14,10 +14,8 @@ import numpy as np
 
 from ..ops import Array, MatrixFreeOps
 from ..solvers.fixed_point import Anderson, FixedPointSolver, Problem, run
-from ..status import Status, check
+from ..status import FAILURE_POLICIES, Status, check
 from .adjoint import Adjoint, Call, Exact, is_usable
-
-FAILURE_POLICIES = ("raise", "nan", "mask", "ignore")
 
 
 class FixedPointInfo(NamedTuple):

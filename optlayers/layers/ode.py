@@ -10,8 +10,7 @@ from ..ops import Array, MatrixFreeOps
 from ..solvers.initial_value import Grid, RungeKutta, System
 from ..solvers.runge_kutta import flow
 from ..solvers.tableaux import TABLEAUX, Tableau
-from ..status import Status, check
-from .fixed_point import FAILURE_POLICIES
+from ..status import FAILURE_POLICIES, Status, check
 from .ode_adjoint import Adjoint, Discrete, Solved
 from .ode_axes import Axes, ascending
 

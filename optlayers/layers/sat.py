@@ -17,8 +17,8 @@ from ..implicit import attach
 from ..ops import Array, MatrixFreeOps
 from ..solvers.fixed_point import Anderson, FixedPointSolver, NewtonKrylov, Picard
 from ..solvers.mixing import Mixing, MixingAdjoint
-from ..status import Status, batch_axes, warn_of_inexact_gradients
-from .fixed_point import FAILURE_POLICIES, check_floats
+from ..status import FAILURE_POLICIES, Status, batch_axes, warn_of_inexact_gradients
+from .fixed_point import check_floats
 
 _UNSOLVED = partial(
     warn_of_inexact_gradients,

@@ -10,10 +10,10 @@ P stands for (P + P') / 2, so that with u = J^-T (x_bar, 0) its entries have the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from ..cones import Cones
 from ..implicit import attach
@@ -24,8 +24,8 @@ from ..solvers.choice import AUTOMATIC, NAMED, choose, configure
 from ..solvers.host import OSQP, Clarabel, Host
 from ..solvers.scaling import Scaling
 from ..solvers.sparse import SparseSolve
-from ..status import batch_axes, check, is_usable
-from .conic import ConicSolution, check_choices, flatten_warm, is_derived, restore_batch
+from ..status import batch_axes, check
+from .conic import ConicSolution, check_choices, flatten_warm, is_derived, restore_batch, with_failures
 from .conic_derivative import finite_entries
 from .direct import INFINITE, _prepare, polyhedral_bounds
 
@@ -39,17 +39,6 @@ class Entries(NamedTuple):
     values: Array
     rows: Array
     columns: Array
-
-
-class HostCalls(Protocol):
-    """What a framework adds to its `Ops` for this path.
-
-    The functions take NumPy arrays and may get further axes in front, of equal length or of length 1.
-    """
-
-    def call(self, function: Callable, shapes: Sequence[tuple[int, ...]], *arrays: Array) -> list[Array]:
-        """`function(*arrays)`, float arrays of these shapes, without derivatives."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,6 @@ class SparseLayer:
     def __call__(
         self,
         ops: Ops,
-        host: HostCalls,
         P: Entries,
         A: Entries,
         vectors: Sequence[Array],
@@ -85,21 +73,16 @@ class SparseLayer:
         """The solution, batched, for q, b, l, u and an earlier (x, s, y), each with one batch axis."""
         if self.has_free_row:
             A, vectors, warm = _add_free_row(ops, A, vectors, warm)
-        solution = _differentiable(ops, host, self, P, A, vectors, warm)
+        solution = _differentiable(ops, self, P, A, vectors, warm)
         if self.on_failure == "raise":
             ops.on_host(check, solution.status, solution.residual)
         if self.has_free_row:
             solution = solution._replace(s=solution.s[:, 1:], y=solution.y[:, 1:])
-        if self.on_failure != "nan":
-            return solution
-        failed = ~is_usable(solution.status)[:, None]
-        x, s, y = (ops.where(failed, ops.nan, z) for z in solution[:3])
-        return solution._replace(x=x, s=s, y=y)
+        return with_failures(ops, self.on_failure, solution)
 
 
 def _differentiable(
     ops: Ops,
-    host: HostCalls,
     layer: SparseLayer,
     P: Entries,
     A: Entries,
@@ -110,10 +93,10 @@ def _differentiable(
     matrices = [z if z.ndim == 2 else z[None] for M in (P, A) for z in M]
     batch = next((z.shape[0] for z in (*matrices, *vectors, *warm) if z.shape[0] != 1), 1)
     shapes = solve.output_shapes(batch)
-    x, v, error, iterations, *system = host.call(solve.solve, shapes, *matrices, *vectors, *warm)
+    x, v, error, iterations, *system = ops.run_on_host(solve.solve, shapes, *matrices, *vectors, *warm)
     x_unique, y_unique, status, *rest = system
     point = _restored(ops, cones, vectors[2:], rest, x, v, 0)
-    rule, data = partial(_derived, ops, host, layer), (P.values, A.values, *vectors)
+    rule, data = partial(_derived, ops, layer), (P.values, A.values, *vectors)
     places = [z for M in (matrices[1:3], matrices[4:6]) for z in M]
     x, s, y = ops.deferred(rule, layer.order, point, data, (x, v, *places, *system))
     regularity = Regularity(x_unique > 0, y_unique > 0)
@@ -132,7 +115,6 @@ def _restored(
 
 def _derived(
     ops: Ops,
-    host: HostCalls,
     layer: SparseLayer,
     order: int,
     data: Sequence[Array],
@@ -161,7 +143,7 @@ def _derived(
         moved = (1 - fixed) * F2 if transposed else fixed * F2
         F1 = F1 - D * _multiply(ops, _transpose(A), E * moved, n)
         F = ops.concat([F1, -F2 if transposed else F2], -1)
-        d = host.call(lambda *z: [solve.invert(*z)], [F.shape], F, *arrays)[0]
+        d = ops.run_on_host(lambda *z: [solve.invert(*z)], [F.shape], F, *arrays)[0]
         dx, dy = d[:, :n], d[:, n:]
         Adx, own = E * _multiply(ops, A, D * dx, m), (1 - 2 * fixed) * F2
         return ops.concat([dx, own + (dy - fixed * Adx if transposed else (fixed - 1) * Adx - dy)], -1)
@@ -204,7 +186,6 @@ def sparse_layer(
     q: Array,
     A: Any,
     cones: Cones,
-    *,
     solver: Any,
     eps: float,
     order: int,
@@ -259,9 +240,13 @@ def layer_of_size(
     return SparseLayer(solve, order, on_failure, has_free_row)
 
 
-def solve_sparse_box(
+def solve_sparse(ops: Ops, layer: SparseLayer, cones: Cones | None, *args: Any) -> ConicSolution:
+    """`_solve_cone`, or `_solve_box` where there are no cones."""
+    return _solve_box(ops, layer, *args) if cones is None else _solve_cone(ops, layer, cones, *args)
+
+
+def _solve_box(
     ops: Ops,
-    host: HostCalls,
     layer: SparseLayer,
     matrices: tuple[Entries, Entries],
     data: Sequence[Array | None],
@@ -278,13 +263,12 @@ def solve_sparse_box(
     warm = [-z if i == 1 else z for i, z in enumerate(_warm(ops, layer, warm, lead))]
     zero = ops.full((1, *m), 0.0, q)
     with batch_axes(lead):
-        solution = layer(ops, host, *_widest(ops, matrices), (q, zero, lower, upper), warm)
+        solution = layer(ops, *_widest(ops, matrices), (q, zero, lower, upper), warm)
     return restore_batch(ops, solution._replace(s=-solution.s), lead, like)
 
 
-def solve_sparse_cone(
+def _solve_cone(
     ops: Ops,
-    host: HostCalls,
     layer: SparseLayer,
     cones: Cones,
     matrices: tuple[Entries, Entries],
@@ -298,7 +282,7 @@ def solve_sparse_cone(
     (q, b), lead = _vectors(ops, layer, "qb", data, like)
     bounds = (bound[None] for bound in polyhedral_bounds(ops, cones, q))
     with batch_axes(lead):
-        solution = layer(ops, host, *_widest(ops, matrices), (q, b, *bounds), _warm(ops, layer, warm, lead))
+        solution = layer(ops, *_widest(ops, matrices), (q, b, *bounds), _warm(ops, layer, warm, lead))
     return restore_batch(ops, solution, lead, like)
 
 

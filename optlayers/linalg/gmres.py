@@ -26,8 +26,8 @@ def gmres(
         size = ops.norm(q)
         for _ in range(2):  # once more against rounding
             basis, images = ops.leading(P, j), ops.leading(Q, j)
-            weights = products(ops, images, q)
-            p, q = p - combine(ops, weights, basis), q - combine(ops, weights, images)
+            weights = products(images, q)
+            p, q = p - combine(weights, basis), q - combine(weights, images)
         left = ops.norm(q)
         scale = ops.where(left > tiny * size, 1 / _or_one(ops, left), 0.0)[:, None]
         p, q = p * scale, q * scale

@@ -56,7 +56,7 @@ class Factor(NamedTuple):
 
     Attributes:
         cholesky, local: of P + r I + A' T A, see `optlayers.linalg.normal`.
-        linearization: spectral data of D, see `optlayers.cones`.
+        linearization: spectral data of D, see `optlayers.linalg.rows`.
         e: the regularisation in T (B, 1).
     """
 

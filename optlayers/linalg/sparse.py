@@ -35,7 +35,7 @@ _NEARLY_ONE = 1 - 1e-13
 
 
 class HostMatrix:
-    """A SciPy matrix as `optlayers.linalg.kkt.matvec` takes a shared one."""
+    """A SciPy matrix as `optlayers.linalg.products.matvec` takes a shared one."""
 
     ndim = 2
     __array_ufunc__ = None  # so that `array @ self` comes here

@@ -262,6 +262,13 @@ class Ops(Protocol):
         """
         ...
 
+    def run_on_host(self, function: Callable, shapes: Sequence[Sequence[int]], *arrays: Array) -> list[Array]:
+        """As `call_host`, but not of a leaf: without derivatives, and what is not mapped is not copied.
+
+        Under a vectorising map the function may get further axes in front, of equal length or of length 1.
+        """
+        ...
+
     def call_detached(self, function: Callable, *args: Any) -> Array:
         """`function(*args)` with no derivative with respect to anything."""
         ...

@@ -76,7 +76,7 @@ def tolerances(ops: Ops, eps: float, like: Array) -> tuple[float, float, float]:
     return max(1e-4 * eps, 4 * rounding), accept, max(1e3 * accept, accept**0.5)
 
 
-def start(ops: Ops, cones: Cones, problem: Problem, scaling: Scaling, x: Array, v: Array) -> Progress:
+def start(ops: Ops, cones: Cones, problem: Problem, x: Array, v: Array) -> Progress:
     """No progress yet: the starting point with an infinite residual, and no factor."""
     batch, n = x.shape
     zeros = lambda shape: ops.full(shape, 0.0, x)

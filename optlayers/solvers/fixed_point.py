@@ -200,10 +200,10 @@ class Anderson:
         place, y = (k - 1) % self.memory, g - state.g  # zero in iteration 0
         steps = ops.put_row(state.steps, place, z - state.z + self.damping * y)
         dG = ops.put_row(state.dG, place, y)
-        with_y, with_g = products(ops, dG, y), products(ops, dG, g)
+        with_y, with_g = products(dG, y), products(dG, g)
         gram = ops.put_row(ops.put_row(state.gram, place, with_y).mT, place, with_y).mT
         gamma = self._weights(ops, gram, with_g)
-        return z + self.damping * g - combine(ops, gamma, steps), _AndersonState(z, g, steps, dG, gram)
+        return z + self.damping * g - combine(gamma, steps), _AndersonState(z, g, steps, dG, gram)
 
     def _weights(self, ops, gram, rhs):
         """gamma (B, m) with (gram + regularization) gamma = rhs, all zero for a singular sample."""
@@ -284,7 +284,7 @@ def inverse_product(ops: MatrixFreeOps, U: Array, V: Array, used: Any, x: Array)
         used: an integer, or one for each sample (B, 1); rows from there on are of an earlier cycle.
     """
     index = ops.constant(np.arange(U.shape[1])[None], x)
-    return combine(ops, ops.where(index < used, products(ops, V, x), 0.0), U) - x
+    return combine(ops.where(index < used, products(V, x), 0.0), U) - x
 
 
 @dataclass(frozen=True)

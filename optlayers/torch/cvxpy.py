@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ..docstring import continues
 from ..layers.approximate import LPGD, Smoothed
-from ..layers.cvxpy import CvxpyProgram, Solution, faults, name
+from ..layers.conic import point_of
+from ..layers.cvxpy import CvxpyProgram, Solution, faults
 from ..ops import torch as ops
 from ..ops.torch import host
 from ..ops.torch.context import outside
 from ..status import SolveError
 from .arguments import common
 from .compiled import CompiledProgram
-from .sparse import HOST, on_host
+from .sparse import on_host
 
 ops.run_while_compiling(CvxpyProgram.splits)
 ops.run_while_compiling(CvxpyProgram.bounds)
@@ -108,20 +109,19 @@ class CvxpyLayer(torch.nn.Module):
             warm_start: an earlier solution of this layer for the same batch, to start from; problems
                 whose entries are NaN start anew.
         """
-        warm = () if warm_start is None else (warm_start.x, warm_start.s, warm_start.y)
-        return self._run(CvxpyProgram.solve, params, solver_args, warm)
+        return self._run(CvxpyProgram.solve, params, solver_args, point_of(warm_start))
 
     def _run(self, method, params, solver_args, *more) -> Any:
         program = self._program
-        layer, like = program.layer(solver_args), _like(params, program.parameters)
+        layer, like = program.layer(solver_args), program.like(common, params)
         run = functools.partial(_on_host, method) if program.is_sparse else method
         is_dense = not program.is_sparse and layer.gradient is None
         tensors = lambda params: [x for part in (params, *more) for x in part]
 
         def plain(params):
             if is_dense and host.serves_call(tensors(params)):
-                return host.call(functools.partial(method, program), HOST, layer, params, *more, like)
-            return run(program, ops, HOST, layer, params, *more, like)
+                return host.call(functools.partial(method, program), layer, params, *more, like)
+            return run(program, ops, layer, params, *more, like)
 
         try:
             if self._compiled and is_dense and host.is_readable(tensors(params)):
@@ -145,9 +145,3 @@ class CvxpyLayer(torch.nn.Module):
 @on_host
 def _on_host(method, *args) -> Any:
     return method(*args)
-
-
-def _like(values: Sequence[Tensor], parameters: Sequence[Any]) -> Tensor:
-    """A real scalar with the dtype of the results and the device of all values."""
-    label = lambda i: f"parameter {name(parameters[i])}"
-    return common(values[: len(parameters)], label, lambda i: parameters[i].is_complex())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from ..cones import Cones
 from ..docstring import continues
 from ..layers.approximate import LPGD, Smoothed
-from ..layers.conic import ConicLayer, ConicSolution, conic_layer
+from ..layers.conic import ConicSolution, conic_layer, point_of
 from ..layers.cvxpy import Solution
-from ..layers.direct import curved_part, solve_box, solve_cone
+from ..layers.direct import curved_part, solve_box, solve_cone, solve_matrices
 from ..ops import torch as ops
 from ..ops.torch import host
 from . import sparse
@@ -53,12 +53,8 @@ def solve_qp(
         >>> q.grad.round().int().tolist()
         [0, -1]
     """
-    like = _like(P=P, q=q, A=A, l=l, u=u)
-    if sparse.is_sparse(P) or sparse.is_sparse(A):
-        options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
-        return sparse.solve_qp(P, q, A, l, u, _point(warm_start), like, gradient=gradient, **options)
-    layer = conic_layer(Cones(), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient)
-    return _solve(None, layer, (P, q, A, l, u), warm_start, like, compiled)
+    data, choices = {"P": P, "q": q, "A": A, "l": l, "u": u}, (solver, eps, order, on_failure, gradient)
+    return _solve(None, Cones(), data, warm_start, choices, rescue, compiled)
 
 
 @continues(solve_cone)
@@ -89,29 +85,21 @@ def solve_conic(
         >>> abs(solution.x).round(decimals=6).tolist()
         [0.0, 2.0]
     """
-    like = _like(P=P, q=q, A=A, b=b)
-    if sparse.is_sparse(P) or sparse.is_sparse(A):
-        options = {"solver": solver, "eps": eps, "order": order, "on_failure": on_failure}
-        return sparse.solve_conic(P, q, A, b, cones, _point(warm_start), like, gradient=gradient, **options)
-    layer = conic_layer(
-        curved_part(cones), P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient
-    )
-    return _solve(cones, layer, (P, q, A, b), warm_start, like, compiled)
+    data, choices = {"P": P, "q": q, "A": A, "b": b}, (solver, eps, order, on_failure, gradient)
+    return _solve(cones, curved_part(cones), data, warm_start, choices, rescue, compiled)
 
 
 @dataclass(frozen=True)
 class _Matrices:
-    """`solve_cone`, or `solve_box` where there are no cones, of those arguments that are given."""
+    """`solve_matrices` of those arguments that are given."""
 
     cones: Cones | None
     given: tuple[bool, ...]
 
-    def solve(self, ops, calls, layer, values, warm, like) -> Solution:
+    def solve(self, ops, layer, values, warm, like) -> Solution:
         rest = iter(values)
         data = [next(rest) if given else None for given in self.given]
-        if self.cones is None:
-            return Solution((), *solve_box(ops, layer, data, warm, like))
-        return Solution((), *solve_cone(ops, layer, self.cones, data, warm, like))
+        return Solution((), *solve_matrices(ops, layer, self.cones, data, warm, like))
 
 
 @functools.cache
@@ -121,27 +109,27 @@ def _compiled(program: _Matrices) -> CompiledProgram:
 
 def _solve(
     cones: Cones | None,
-    layer: ConicLayer,
-    data: Sequence[Tensor | None],
+    curved: Cones,
+    data: Mapping[str, Any],
     warm_start: ConicSolution | None,
-    like: Tensor,
+    choices: tuple[Any, ...],
+    rescue: bool,
     compiled: bool,
 ) -> ConicSolution:
-    program = _Matrices(cones, tuple(x is not None for x in data))
-    values, warm = [x for x in data if x is not None], _point(warm_start)
-    plain = lambda values: program.solve(ops, None, layer, values, warm, like)
+    """`solve_conic`, or `solve_qp` where there are no cones."""
+    P, q, A, *vectors = data.values()
+    # Matrices of SciPy have no type of the results to say; q must be there.
+    typed = {key: x for key, x in data.items() if key == "q" or not (x is None or issparse(x))}
+    like, warm = common([*typed.values()], [*typed].__getitem__, lambda i: False), point_of(warm_start)
+    if sparse.is_sparse(P) or sparse.is_sparse(A):
+        return sparse.solve(cones, curved, P, A, (q, *vectors), warm, like, *choices)
+    solver, eps, order, on_failure, gradient = choices
+    layer = conic_layer(curved, P is None, solver, {"eps": eps}, order, on_failure, rescue, gradient)
+    program = _Matrices(cones, tuple(x is not None for x in data.values()))
+    values = [x for x in data.values() if x is not None]
+    plain = lambda values: program.solve(ops, layer, values, warm, like)
     if compiled and layer.gradient is None and host.is_readable([*values, *warm]):
         solution = _compiled(program).solve(plain, layer, True, values, warm, like)
     else:
         solution = plain(values)
     return ConicSolution(*solution[1:])
-
-
-def _like(**data: Any) -> Tensor:
-    """A scalar of the type of the results. Matrices of SciPy have none to say; q must be there."""
-    given = {key: x for key, x in data.items() if key == "q" or not (x is None or issparse(x))}
-    return common([*given.values()], [*given].__getitem__, lambda i: False)
-
-
-def _point(solution: ConicSolution | None) -> tuple[Tensor, ...]:
-    return () if solution is None else (solution.x, solution.s, solution.y)

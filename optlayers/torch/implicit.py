@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..implicit import Implicit
+from ..docstring import continues
+from ..implicit import Implicit, implicit_doc
 from ..ops import torch as ops
 from .calling import in_full_precision, refuse_export
 
@@ -22,27 +23,14 @@ class _Layer(Implicit):
         return self.apply(ops, *theta)
 
 
+@continues(implicit_doc)
 def implicit(
     solve: Callable[..., Tensor],
     residual: Callable[..., Tensor],
     linear_solve: Callable[[Callable, Tensor], Tensor] | None = None,
     order: int = 2,
 ) -> Callable[..., Tensor]:
-    """A layer whose value comes from `solve` and whose derivatives from `residual(z, *theta) == 0`.
-
-    Args:
-        solve: theta to z (B, ...), by any algorithm; it is never differentiated.
-        residual: (z, *theta) to a tensor of the shape of z that is zero at the solution, written in torch
-            operations; row i may depend on row i of z only. It may close over parameters of modules: their
-            gradients arrive.
-        linear_solve: (J, r) to J^-1 r, where J(dz) is the derivative of the residual in z, in reverse mode
-            the transpose of that; never differentiated. By default the Jacobians (B, k, k) are formed and
-            factorised, k entries of z per row.
-        order: how many derivatives are right; more raise NotImplementedError.
-
-    Returns:
-        The layer, theta to z. Forward and reverse mode, their nestings and `torch.func.vmap` work.
-
+    """
     Example:
         >>> import torch
         >>> from optlayers.torch import implicit

@@ -1,4 +1,4 @@
-"""Sparse matrices of PyTorch and SciPy, and calls of the host with their derivatives."""
+"""Programs with sparse matrices of PyTorch and SciPy."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from ..cones import Cones
 from ..layers import sparse
 from ..layers.conic import ConicSolution
-from ..layers.direct import curved_part
 from ..ops import torch as ops
-from ..ops.torch.context import is_recorded
 from .calling import not_traced
 
 
@@ -23,27 +19,14 @@ def is_sparse(matrix: Any) -> bool:
     return sp.issparse(matrix) or (isinstance(matrix, Tensor) and matrix.layout != torch.strided)
 
 
-_WHY_NOT_TRACED = (
-    "sparse programs are solved on the host, by calls that cannot be traced into a graph; give P and A as "
-    "dense tensors, or a CvxpyLayer solver=ADMM(), or compile the model without fullgraph=True"
-)
-
-
-on_host = not_traced(_WHY_NOT_TRACED)
+on_host = not_traced(ops.HOST_IS_NOT_TRACED)
 
 
 @on_host
-def solve_qp(P, q, A, l, u, warm, like, **options) -> ConicSolution:
-    layer = sparse.sparse_layer(P, q, A, Cones(), **options)
+def solve(cones, curved, P, A, vectors, warm, like, *choices) -> ConicSolution:
+    layer = sparse.sparse_layer(P, vectors[0], A, curved, *choices)
     matrices = _entries(P, like), _entries(A, like)
-    return sparse.solve_sparse_box(ops, HOST, layer, matrices, (q, l, u), warm, like)
-
-
-@on_host
-def solve_conic(P, q, A, b, cones, warm, like, **options) -> ConicSolution:
-    layer = sparse.sparse_layer(P, q, A, curved_part(cones), **options)
-    matrices = _entries(P, like), _entries(A, like)
-    return sparse.solve_sparse_cone(ops, HOST, layer, cones, matrices, (q, b), warm, like)
+    return sparse.solve_sparse(ops, layer, cones, matrices, vectors, warm, like)
 
 
 def _entries(matrix: Any, like: Tensor) -> sparse.Entries:
@@ -69,38 +52,3 @@ def _entries(matrix: Any, like: Tensor) -> sparse.Entries:
         rows = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
         return sparse.Entries(matrix.values(), rows, matrix.col_indices().to(torch.int64))
     raise ValueError(f"sparse tensors must have the COO or CSR layout, got {matrix.layout}")
-
-
-def _fold(info, dims, arrays) -> list[Tensor]:
-    """The mapped axis in front, of length 1 where an array is not mapped."""
-    return [x[None] if dim is None else x.movedim(dim, 0) for x, dim in zip(arrays, dims, strict=True)]
-
-
-class _Call(Function):
-    """A function of NumPy arrays, without derivative."""
-
-    @staticmethod
-    def forward(function, like, *arrays):
-        results = function(*(x.numpy(force=True) for x in arrays))
-        return tuple(torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in results)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def vmap(info, in_dims, function, like, *arrays):
-        results = _Call.apply(function, like, *_fold(info, in_dims[2:], arrays))
-        return results, (0,) * len(results)
-
-
-class _Host:
-    @staticmethod
-    def call(function, shapes, *arrays):
-        if is_recorded():
-            raise NotImplementedError(_WHY_NOT_TRACED)
-        like = next(x for x in arrays if x.is_floating_point()).detach()
-        return list(_Call.apply(function, like, *(x.detach() for x in arrays)))
-
-
-HOST = _Host()

@@ -663,6 +663,25 @@ def test_call_host_under_vmap_of_jax(rng):
     assert_close(total, x.sum(-1) * active)
 
 
+def test_run_on_host(ops, framework, rng):
+    """Without derivatives; what is not mapped comes once."""
+    shared, x = rng.normal(size=(3, 2)), rng.normal(size=(4, 3, 2))
+
+    def function(shared, x):
+        assert shared.shape == (3, 2) or (shared.shape[0], x.shape[0]) == (1, 4)
+        return [(shared * x).sum(-1)]
+
+    def call(shared, x):
+        return ops.run_on_host(function, [(3,)], shared, x)[0]
+
+    shared, x = map(framework.array, (shared, x))
+    expected = (numpy(shared) * numpy(x)).sum(-1)
+    assert_close(call(shared, x[0]), expected[0])
+    assert_close(framework.vmap(call, (None, 0))(shared, x), expected)
+    value, pullback = framework.vjp(lambda x: call(shared, x) + ops.sum(x, -1), x[0])
+    assert_close(pullback(0 * value + 1)[0], np.ones((3, 2)))
+
+
 # What is not differentiated
 
 

@@ -9,7 +9,7 @@ import pytest
 from certificates import program_data, residuals
 from checks import assert_close, assert_directional_derivatives, direction_of, inner
 from cone_problems import CONE_FAMILIES
-from frontends import FRONTENDS
+from frontends import FRONTENDS, in_each_framework
 from problems import lane
 
 BATCH, STEP = 2, 1e-5
@@ -73,15 +73,7 @@ def _cotangent(rng, variable):
 
 # JAX takes about ten seconds to compile a family: but for slow tests, three of them stand for all.
 FAST_IN_JAX = ("norm_ball", "sdp", "exponential_cones")
-CASES = [
-    pytest.param(
-        (name, framework),
-        id=f"{name}-{framework}",
-        marks=[pytest.mark.slow] if framework == "jax" and name not in FAST_IN_JAX else [],
-    )
-    for name in CONE_FAMILIES
-    for framework in FRONTENDS
-]
+CASES = in_each_framework(CONE_FAMILIES, FAST_IN_JAX)
 
 
 class Case:

@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 
 from checks import assert_close
-from frontends import FRONTENDS
+from frontends import FRONTENDS, in_each_framework
 
 
 class Degenerate(NamedTuple):
@@ -143,18 +143,9 @@ CASES = (
 
 # JAX takes about ten seconds to compile a problem.
 FAST_IN_JAX = (redundant_rows, edge_of_solutions)
-PRODUCT = [
-    pytest.param(
-        (build, framework),
-        id=f"{build.__name__}-{framework}",
-        marks=[pytest.mark.slow] if framework == "jax" and build not in FAST_IN_JAX else [],
-    )
-    for build in CASES
-    for framework in FRONTENDS
-]
 
 
-@pytest.mark.parametrize("case", PRODUCT)
+@pytest.mark.parametrize("case", in_each_framework(CASES, FAST_IN_JAX))
 def test_degenerate(case):
     """The Jacobian by one batch of as many equal problems as x has entries, each with another cotangent."""
     build, framework = case

@@ -5,16 +5,8 @@ import pytest
 import scipy.sparse as sp
 
 from checks import assert_close
-from frontends import FRONTENDS
 from optlayers.cones import Cones
 from optlayers.status import Status
-
-
-@pytest.fixture
-def torch_frontend():
-    pytest.importorskip("torch")
-    return FRONTENDS["torch"]()
-
 
 # min |x|^2 + q'x over the box [-1, 1] is solved by -q / 2.
 Q = np.array([-1, 1])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from checks import assert_close
-from frontends import FRONTENDS
+from frontends import FRONTENDS, in_each_framework
 from optlayers.status import SolveError, Status
 from outcome_problems import KINDS
 from problems import qp_shared
@@ -21,15 +21,7 @@ OUTCOMES = {
     "inf": Status.NON_FINITE,
 }
 # In JAX every policy and every kind takes about ten seconds to compile.
-CASES = [
-    pytest.param(
-        (kind, framework),
-        id=f"{kind}-{framework}",
-        marks=[pytest.mark.slow] if framework == "jax" and kind != "sdp" else [],
-    )
-    for kind in KINDS
-    for framework in FRONTENDS
-]
+CASES = in_each_framework(KINDS, ["sdp"])
 
 
 def values_of(kind, outcome, position=None):
@@ -115,12 +107,6 @@ def test_error_names_the_lane(case):
 @pytest.fixture(params=KINDS)
 def kind(request):
     return KINDS[request.param]()
-
-
-@pytest.fixture
-def torch_frontend():
-    pytest.importorskip("torch")
-    return FRONTENDS["torch"]()
 
 
 @pytest.mark.parametrize("outcome", ["infeasible", "unbounded", "nan"])

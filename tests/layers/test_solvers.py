@@ -19,12 +19,6 @@ NAMES = ("auto", cp.CLARABEL, cp.SCS, cp.OSQP, cp.DIFFCP, "ADMM", "osqp", "Scs")
 LINEAR_ONLY = ("InteriorPoint", "OSQP")
 
 
-@pytest.fixture
-def torch_frontend():
-    pytest.importorskip("torch")
-    return FRONTENDS["torch"]()
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def reference(request):
     """A family, values for three problems, and what the solver that is chosen by default makes of them."""

@@ -63,7 +63,8 @@ def multiply_add(x, y, z):
 
 def weighted_sum(weights, arrays, start=None):
     terms = [w * x for w, x in zip(weights, arrays, strict=True) if w != 0]
-    return builtins.sum(terms[1:], terms[0]) if start is None else start + builtins.sum(terms[1:], terms[0])
+    total = builtins.sum(terms[1:], terms[0])
+    return total if start is None else start + total
 
 
 def amax(x, axis, keepdims=False):

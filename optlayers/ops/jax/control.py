@@ -163,15 +163,20 @@ def reported(x, failed, function, *arrays):
     return jnp.where(failed[:, None], jnp.nan, x)
 
 
-def call_host(function, shapes, active, *arrays):
-    dtype = arrays[0].dtype
+def _call_back(function, shapes, arrays, vmap_method):
+    dtype = next(x.dtype for x in arrays if jnp.issubdtype(x.dtype, jnp.floating))
     results = [jax.ShapeDtypeStruct(tuple(shape), dtype) for shape in shapes]
+    run = lambda *values: [np.asarray(x, dtype) for x in function(*map(np.asarray, values))]
+    return jax.pure_callback(run, results, *arrays, vmap_method=vmap_method)
 
-    def call(*values):
-        return [np.asarray(x, dtype) for x in function(*map(np.asarray, values))]
 
-    results = jax.pure_callback(call, results, active, *arrays, vmap_method="broadcast_all")
+def call_host(function, shapes, active, *arrays):
+    results = _call_back(function, shapes, (active, *arrays), "broadcast_all")
     return alike([*results, active, *arrays])[: len(results)]
+
+
+def run_on_host(function, shapes, *arrays):
+    return _call_back(function, shapes, [lax.stop_gradient(x) for x in arrays], "expand_dims")
 
 
 def call_detached(function, *args):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import numpy
 from ..numpy import cond, on_chosen, repeat, while_loop  # noqa: F401
-from .context import is_dual, is_known, is_transformed, outside, undifferentiated
+from .context import is_dual, is_known, is_recorded, is_transformed, outside, undifferentiated
 
 
 def repeat_while(count, needed, body, state):
@@ -93,9 +93,42 @@ def reported(x, failed, function, *arrays):
     return x
 
 
-def call_host(function, shapes, active, *arrays):
-    results = function(*(x.cpu().numpy() for x in (active, *arrays)))
-    return [torch.as_tensor(x, dtype=arrays[0].dtype, device=arrays[0].device) for x in results]
+def call_host(function, shapes, *arrays):
+    like = next(x for x in arrays if x.is_floating_point())
+    results = function(*(x.numpy(force=True) for x in arrays))
+    return [torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in results]
+
+
+class _HostCall(torch.autograd.Function):
+    """`call_host` without derivative."""
+
+    @staticmethod
+    def forward(function, *arrays):
+        return tuple(call_host(function, None, *arrays))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info, in_dims, function, *arrays):
+        pairs = zip(arrays, in_dims[1:], strict=True)
+        results = _HostCall.apply(
+            function, *(x[None] if dim is None else x.movedim(dim, 0) for x, dim in pairs)
+        )
+        return results, (0,) * len(results)
+
+
+HOST_IS_NOT_TRACED = (
+    "sparse programs are solved on the host, by calls that cannot be traced into a graph; give P and A as "
+    "dense tensors, or a CvxpyLayer solver=ADMM(), or compile the model without fullgraph=True"
+)
+
+
+def run_on_host(function, shapes, *arrays):
+    if is_recorded():
+        raise NotImplementedError(HOST_IS_NOT_TRACED)
+    return list(_HostCall.apply(function, *(x.detach() for x in arrays)))
 
 
 def _detach(tree):
