@@ -83,7 +83,9 @@ class Exact:
             size = ops.amax(abs(r), -1, keepdims=True)
             size = ops.where(size > 0, size, 1.0)
             unit = r / size
-            result = run(ops, solver, Problem(lambda w: unit + A(w), lambda w: A), unit, tol, max_iter)
+            scaled = lambda w: A(size * w) / size
+            problem = Problem(lambda w: unit + scaled(w), lambda w: scaled)
+            result = run(ops, solver, problem, unit, tol, max_iter)
             failed = result.residual > max(tol**0.5, 50 * ops.eps(r))
             return ops.reported(size * result.z, failed, _UNSOLVED, result.status, result.residual)
 

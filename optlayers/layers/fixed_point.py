@@ -164,8 +164,9 @@ def fixed_point_doc():
     converges by itself.
 
     Args:
-        f: (z, *args) to the next z, of the same shapes; row i may depend on row i of z only. It is called
-            many times and must give the same result each time.
+        f: (z, *args) to the next z, of the same shapes; row i is to depend on row i of z only, as solvers
+            take each row by itself and may not converge where it does not. It is called many times and must
+            give the same result each time.
         z0: where to start: an array (B, ...), or nested containers of such arrays.
         args: whatever f takes besides z.
         solver: Picard, Anderson, Broyden or NewtonKrylov.

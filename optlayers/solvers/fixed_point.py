@@ -87,7 +87,8 @@ def run(
 ) -> Solution:
     """Iterate from `z` until each residual is at most `tol`, or is not finite, or `max_iter` is spent.
 
-    A finished sample keeps its value however long the others take.
+    A finished sample stays where it is however long the others take. Should it depend on them, so that it is
+    no solution any more, it runs on.
     """
     accept = max(tol, 8 * ops.eps(z))
 
@@ -99,7 +100,9 @@ def run(
         residual = ops.norm(g) / ops.maximum(ops.norm(fz), accept)
         is_finite = residual < ops.inf  # which NaN is not either
         residual = ops.where(is_finite, residual, ops.inf)
-        nearer, new = running & (residual < best[1]), (z, residual)
+        again = ~running & (last <= accept) & (residual > 2 * accept)
+        running = running | again
+        nearer, new = again | (running & (residual < best[1])), (z, residual)
         some = lambda new: select(ops, nearer, new, best)
         best = ops.cond_or_both(~ops.all(nearer), some, lambda new: new, new)
         return g, best, ops.where(running, residual, last), running & is_finite & (residual > accept)
@@ -107,6 +110,7 @@ def run(
     def body(carry):
         k, z, g, best, last, running, iterations, history, trajectory, state = carry
         z, state = solver.step(ops, problem, k, z, g, state, running)
+        z = ops.where(running[:, None], z, best[0])
         iterations = iterations + ops.to_int(running)
         g, best, last, running = observe(z, running, best, last)
         history = ops.put(history, k, last) if with_history else history

@@ -85,6 +85,30 @@ def test_gradient_of_a_linear_map(frontend, rng, solver):
         assert_close(a, e, 1e-10)
 
 
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden(), NewtonKrylov()], ids=repr)
+def test_rows_that_depend_on_each_other(frontend, rng, solver):
+    """A state without batch axis, of which one entry starts at what a row alone would take for its solution.
+
+    Least squares and Krylov spaces of each row by itself need not converge: then that is said.
+    """
+    A, x = inputs(rng, 1, 5)
+    x, cotangent = np.append(0.0, x[0, 1:]), np.array([1.0, -2.0, 3.0, 1e-6, 10.0])
+    options = TIGHT | {"max_iter": 300, "solver": solver, "on_failure": "nan"}
+
+    def layer(A, x):
+        return frontend.module.fixed_point(lambda z, x: A @ z + x, 0 * x, x, **options)
+
+    exact, expected = np.linalg.solve(np.eye(5) - A, x), np.linalg.solve(np.eye(5) - A.T, cotangent)
+    z = frontend.numpy(layer(*map(frontend.array, (A, x))))
+    if isinstance(solver, (Anderson, NewtonKrylov)):
+        assert np.isnan(z).any() or abs(z - exact).max() < 1e-11
+        return
+    assert_close(z, exact, 1e-11)
+    (_,), (A_bar, x_bar) = gradients(frontend, layer, (A, x), cotangent)
+    assert_close(x_bar, expected, 1e-10)
+    assert_close(A_bar, np.outer(expected, exact), 1e-10)
+
+
 def test_forward_mode_of_a_linear_map(frontend, rng):
     values = [frontend.array(v) for v in inputs(rng)]
     for i in (0, 1):
