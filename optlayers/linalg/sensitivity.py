@@ -91,7 +91,7 @@ def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[tu
             largest = tuple(map(ops.maximum, largest, errors(z0, is_rough)))
             return ops.concat([z0[:, 1:], z0[:, :1]], -1), largest
 
-        none = 0 * z0[:, 0]
+        none = 0 * ops.cast(is_rough, z0)  # which in JAX differs by device if the data do
         return ops.repeat(2, again, (z0, (none, none)))[1]
 
     return ops.cond(ops.any(is_rough), more, lambda _, found: found, z0, found), is_rough
