@@ -140,4 +140,8 @@ def implicit_doc():
 
     Returns:
         The layer, theta to z. Forward and reverse mode, their nestings and vmap work.
+
+    Raises:
+        ValueError: rows of the residual depend on other rows of z, and there is no `linear_solve`. Where that
+            cannot be raised, as in traces, derivatives are NaN.
     """

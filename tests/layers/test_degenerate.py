@@ -282,10 +282,10 @@ def test_entropy_of_a_small_and_a_large_sum(frontend, rng, total):
     assert_close(gradient / total, -shares * (weights - (shares * weights).sum(-1, keepdims=True)), 1e-5)
 
 
-def test_no_direction_hides_multipliers_that_are_not_unique():
+def test_no_direction_hides_multipliers_that_are_not_unique(torch_frontend):
     """Of three rows in the plane one null space in a hundred is nearly normal to a random vector."""
-    frontend = pytest.importorskip("torch") and FRONTENDS["torch"]()
-    solve, zero = frontend.module.solve_conic, frontend.module.Cones(zero=3)
+    frontend, module = torch_frontend, torch_frontend.module
+    solve, zero = module.solve_conic, module.Cones(zero=3)
     angles = np.linspace(0.05, 3.05, 4000)
     angles = np.stack([0 * angles, 0 * angles + 1, angles + 1], -1)
     A, q = np.stack([np.cos(angles), np.sin(angles)], -1), frontend.array([1.0, 2.0])
