@@ -3,13 +3,13 @@
     python benchmarks/layers.py [--workloads W1 ...] [--layers NAME ...] [--output FILE --title TITLE]
 
 Every layer runs in a process of its own, on one thread, or on as many as THREADS in the environment says; the
-processes take turns, call by call, and the least of their times counts, since machines are shared. On several
-threads JAX has a device for each, and `shard_map` gives each a part of the batch, as compiled layers of torch
-do by themselves. What is timed is a solution of the batch, and a weighted sum of it differentiated in all
-parameters.
+processes take turns, of a twentieth of a second or a call, and the least of their times counts, since
+machines are shared. On several threads JAX has a device for each, and `shard_map` gives each a part of the
+batch, as compiled layers of torch do by themselves. What is timed is a solution of the batch, and a weighted
+sum of it differentiated in all parameters.
 
-- set-up: import, construction and first calls; in JAX with compilation
-- forward; both: forward and backward
+- set-up: import, construction and first calls; in JAX with compilation, by the options that devices.md gives
+- forward; both: forward and backward, and the median of its times
 - solution: difference from a solution whose optimality conditions hold to 1e-11, relative
 - gradient: difference of its product with a random direction from central differences of such solutions
 - MB: most memory of the process
@@ -51,6 +51,7 @@ from threadpoolctl import threadpool_limits  # noqa: E402
 from workloads import WORKLOADS, build  # noqa: E402
 
 REFERENCE_LANES, STEP = 4, 1e-5
+TURN = 0.05  # seconds
 FIRST_CALL_LIMIT = 90  # seconds
 
 
@@ -97,6 +98,7 @@ def optlayers_jax(problem, parameters, variable, values, weights):
     import jax
 
     from optlayers.jax import CvxpyLayer
+    from optlayers.jax.compiled import OPTIONS
 
     jax.config.update("jax_enable_x64", True)
     layer = CvxpyLayer(problem, parameters, [variable])
@@ -107,9 +109,9 @@ def optlayers_jax(problem, parameters, variable, values, weights):
         mesh, batch = jax.sharding.Mesh(jax.devices(), ("batch",)), jax.sharding.PartitionSpec("batch")
         solve = jax.shard_map(solve, mesh=mesh, in_specs=batch, out_specs=batch)
     values = [jax.numpy.asarray(value) for value in values]
-    forward = jax.jit(solve)
+    jit = functools.partial(jax.jit, compiler_options=OPTIONS)
     loss = lambda *v: (solve(*v) * weights).sum()
-    both = jax.jit(jax.grad(loss, argnums=tuple(range(len(values)))))
+    forward, both = jit(solve), jit(jax.grad(loss, argnums=tuple(range(len(values)))))
     return lambda: jax.block_until_ready(forward(*values)), lambda: jax.block_until_ready(both(*values))
 
 
@@ -361,7 +363,7 @@ def reference(workload, batch):
 
 
 def work(name, workload, batch):
-    """Set up, then run once for each line on standard input; numbers to standard output."""
+    """Set up, then take a turn for each line on standard input; numbers to standard output."""
     warnings.simplefilter("ignore")
     make, _ = LAYERS[name]
     problem, parameters, variable, values, weights, directions = build(workload, batch)
@@ -374,14 +376,18 @@ def work(name, workload, batch):
     say = lambda **facts: print(json.dumps(facts), flush=True)
     say(x=x[lanes].tolist(), products=products.tolist())
     for _ in sys.stdin:
-        times = []
-        for call in (forward, both):
-            start = time.perf_counter()
-            if call is not None:
-                call()
-            times.append(1e3 * (time.perf_counter() - start) if call is not None else np.nan)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        say(forward=times[0], both=times[1], memory=memory)
+        times = {"forward": turn(forward), "both": turn(both) if both is not None else [np.nan]}
+        say(**times, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def turn(call):
+    """Milliseconds of each call."""
+    times, began = [], time.perf_counter()
+    while not times or time.perf_counter() - began < TURN:
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 def compare(workload, batch, names, repeats):
@@ -402,7 +408,7 @@ def compare(workload, batch, names, repeats):
             facts[name] = [json.loads(line) | {"setup": time.perf_counter() - start}]
         else:
             errors = worker.stderr.read().strip().splitlines() or [f"no answer in {FIRST_CALL_LIMIT} s"]
-            yield [workload, str(batch), name, *["-"] * 5, errors[-1].replace("|", "/")[:60]]
+            yield [workload, str(batch), name, *["-"] * 6, errors[-1].replace("|", "/")[:60]]
     for _ in range(repeats):
         for name, worker in workers.items():
             worker.stdin.write("\n")
@@ -414,11 +420,11 @@ def compare(workload, batch, names, repeats):
         first, *runs = facts[name]
         error = np.abs(np.array(first["x"]) - x).max() / max(1.0, np.abs(x).max())
         wrong = np.abs(np.array(first["products"]) - products).max() / max(1e-2, np.abs(products).max())
-        least = {key: min(run[key] for run in runs) for key in ("forward", "both")}
-        times = [f"{first['setup']:.1f}", f"{least['forward']:.3g}", f"{least['both']:.3g}"]
+        forward, both = (np.concatenate([run[key] for run in runs]) for key in ("forward", "both"))
+        times = [f"{first['setup']:.1f}", *(f"{t:.3g}" for t in (forward.min(), both.min(), np.median(both)))]
         memory = f"{max(run['memory'] for run in runs):.0f}"
-        if np.isnan(least["both"]):  # there are no derivatives
-            yield [workload, str(batch), name, *times[:2], "-", f"{error:.0e}", "-", memory]
+        if np.isnan(both).all():  # there are no derivatives
+            yield [workload, str(batch), name, *times[:2], "-", "-", f"{error:.0e}", "-", memory]
         else:
             yield [workload, str(batch), name, *times, f"{error:.0e}", f"{wrong:.0e}", memory]
 
@@ -427,7 +433,7 @@ def brief(rows):
     """The largest batch of each workload: times, and in brackets errors of the gradients."""
     names = [name for name in LAYERS if name in {row[2] for row in rows[1:] if row[5] != "-"}]
     largest = {workload: batch for workload, batch, *_ in rows[1:]}
-    cells = {tuple(row[:3]): "-" if row[5] == "-" else f"{float(row[5]):,.0f} ({row[7]})" for row in rows[1:]}
+    cells = {tuple(row[:3]): "-" if row[5] == "-" else f"{float(row[5]):,.0f} ({row[8]})" for row in rows[1:]}
     yield ["workload, batch", *names]
     for workload, batch in largest.items():
         title = WORKLOADS[workload][0].__name__.replace("_", " ")
@@ -472,9 +478,8 @@ def main():
     if options.work:
         name, workload, batch = options.work
         return work(name, workload, int(batch))
-    rows = [
-        ["workload", "batch", "layer", "set-up, s", "forward, ms", "both, ms", "solution", "gradient", "MB"]
-    ]
+    times, errors = ["set-up, s", "forward, ms", "both, ms", "median, ms"], ["solution", "gradient"]
+    rows = [["workload", "batch", "layer", *times, *errors, "MB"]]
     for workload in options.workloads:
         function, batches = WORKLOADS[workload]
         for batch in batches:

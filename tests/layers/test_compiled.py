@@ -323,3 +323,15 @@ def test_without_jax(family, monkeypatch):
     monkeypatch.setattr("optlayers.torch.compiled.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'optlayers\[jax\]'"):
         build(family, compiled=True)
+
+
+def test_options_of_xla(monkeypatch):
+    """One that a version does not have, or that the environment sets, is left out."""
+    from optlayers.jax import compiled
+
+    known = compiled._known_options.__wrapped__
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    assert known() == compiled.OPTIONS
+    monkeypatch.setitem(compiled.OPTIONS, "xla_cpu_of_another_version", True)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    assert known() == {"xla_cpu_use_fusion_emitters": False}
