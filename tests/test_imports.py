@@ -89,3 +89,17 @@ def test_the_rest_needs_no_framework():
 def test_frontend_needs_its_own_framework_only(framework, other):
     pytest.importorskip(framework)
     assert_importable_without([other], [f"optlayers.{framework}"])
+
+
+def test_first_call_imports_no_compiler():
+    """That of torch takes longer to import than all else; an operator of torch.library would."""
+    pytest.importorskip("torch")
+    lines = [
+        "import sys, torch",
+        "from optlayers.torch import solve_qp",
+        "solve_qp(torch.eye(2), torch.ones(2, requires_grad=True)).x.sum().backward()",
+        "assert 'torch._dynamo' not in sys.modules",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -24,6 +24,13 @@ def is_recorded() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
+def is_plain(tensors) -> bool:
+    """Whether they are just that, and of what is done with them no more than a tape is kept."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return not is_dual() and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+
+
 def is_known(x) -> bool:
     """Whether `x` has a value that Python may read: it is not traced, nor mapped by torch.func.vmap."""
     if torch.compiler.is_compiling() or is_recorded():

@@ -24,12 +24,11 @@ import torch
 from scipy.linalg import lapack
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
-from torch.nn import Parameter
 
 from .. import Leaf, numpy
 from ..numpy import *
 from . import arrays
-from .context import is_dual
+from .context import is_plain
 
 real, imag = np.real, np.imag
 
@@ -51,13 +50,7 @@ def serves_call(tensors: Sequence[Tensor]) -> bool:
 
 def is_readable(tensors: Sequence[Tensor]) -> bool:
     """Whether NumPy can read them, and of what it computes a tape alone wants derivatives."""
-    if torch.compiler.is_compiling():  # torch.compile cannot trace the rest
-        return False
-    is_traced = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-    is_plain = not (is_traced or is_dual())
-    return is_plain and builtins.all(
-        type(x) in (Tensor, Parameter) and x.is_cpu and x.dtype in _DTYPES for x in tensors
-    )
+    return is_plain(tensors) and builtins.all(x.is_cpu and x.dtype in _DTYPES for x in tensors)
 
 
 def call(function, *args) -> Any:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import Leaf
 from ..encoding import decode, encode
 from . import host
-from .context import run_while_compiling
+from .context import is_plain, run_while_compiling
 
 # A custom operator takes tensors, numbers and strings only, so a leaf travels as text. The tables grow with
 # the number of distinct solver settings, not of calls.
@@ -59,9 +60,7 @@ def _text_of_parts(parts):
     return _text(_assemble(parts))
 
 
-@torch.library.custom_op("optlayers::leaf", mutates_args=())
-def _leaf(solve: str, inputs: list[Tensor]) -> list[Tensor]:
-    solve = _from_text(solve)
+def _run(solve: Leaf, inputs: list[Tensor]) -> list[Tensor]:
     if host.serves(solve, inputs):
         arrays = [x.numpy() for x in inputs]
         with np.errstate(all="ignore"):
@@ -74,6 +73,11 @@ def _leaf(solve: str, inputs: list[Tensor]) -> list[Tensor]:
         outputs.append(output.clone() if output.untyped_storage().data_ptr() in seen else output)
         seen.add(output.untyped_storage().data_ptr())
     return outputs
+
+
+@torch.library.custom_op("optlayers::leaf", mutates_args=())
+def _leaf(solve: str, inputs: list[Tensor]) -> list[Tensor]:
+    return _run(_from_text(solve), inputs)
 
 
 @_leaf.register_fake
@@ -117,5 +121,7 @@ def leaf(solve, inputs):
             "a graph of torch.jit.trace would go on with factors of the data that it was made from; "
             "use torch.export or torch.compile"
         )
+    if is_plain(inputs):  # an operator would import torch._dynamo, at first, for more than a second
+        return _run(solve, [x.detach() for x in inputs])
     text = _text_of_parts(_parts(solve)) if torch.compiler.is_dynamo_compiling() else _text(solve)
     return _leaf(text, [x.detach() for x in inputs])
