@@ -33,14 +33,14 @@ def framework(ops):
             torch.compiler.reset()
             return torch.compile(function, fullgraph=True, backend="eager")
 
-        return SimpleNamespace(array=array, compile=compiled, fast=lambda f: f, **vars(torch.func))
+        rows = lambda function, x: torch.stack([function(row) for row in x])
+        return SimpleNamespace(array=array, compile=compiled, fast=lambda f: f, rows=rows, **vars(torch.func))
     import jax
 
     # `fast`: without jit JAX would compile every operation of every test by itself.
     names = {name: getattr(jax, name) for name in ("vmap", "jvp", "vjp")}
-    return SimpleNamespace(
-        array=lambda x: jax.numpy.asarray(np.array(x)), compile=jax.jit, fast=jax.jit, **names
-    )
+    array = lambda x: jax.numpy.asarray(np.array(x))
+    return SimpleNamespace(array=array, compile=jax.jit, fast=jax.jit, rows=jax.lax.map, **names)
 
 
 @pytest.fixture
@@ -1392,6 +1392,23 @@ def test_implied(ops, framework, modes):
     assert_close(root(framework.array(t)), y)
     expected = [y / (3 * t), -2 * y / (9 * t**2), 10 * y / (27 * t**3)][n - 1]
     assert_close(framework.fast(differentiate(framework, root, modes))(framework.array(t)), expected)
+
+
+@pytest.mark.parametrize("modes", SEQUENCES[2:6], ids="-".join)
+def test_derivatives_in_a_loop_over_rows(ops, framework, modes):
+    """Second derivatives are those outside of it; beyond its order a guard raises."""
+    x = framework.array([[0.5], [-1.5]])
+    one = framework.array([1.0])
+    scale = lambda r, transposed, factor: factor * r
+    tripled = lambda x: ops.increment(scale, x**3, 3 * one)
+    inverse = lambda r: ops.increment(scale, r, one)
+    root = lambda x: ops.implied(lambda y: y - x**3, inverse, ops.stop_gradient(x**3), 2)
+    for function, factor in ((tripled, 3), (root, 1), (cube(ops, 2), 1)):
+        derivative = differentiate(framework, partial(framework.rows, function), modes)
+        assert_close(framework.fast(derivative)(x), factor * 6 * numpy(x))
+    for function in (cube(ops, 1), guarded_cube(ops, 1)):
+        with pytest.raises(NotImplementedError, match=MESSAGE):
+            differentiate(framework, partial(framework.rows, function), modes)(x)
 
 
 # Functions that are called for their derivatives only

@@ -11,13 +11,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from .context import alike, zero
+from .tangent import with_tangent
+
+
+def closed(function, x):
+    """`function` of arrays like `x` as one of what it closes over and of them, and the values of that."""
+    # A new function for JAX's caches: they know functions, not the values that these close over.
+    jaxpr = jax.make_jaxpr(lambda z: function(z))(lax.stop_gradient(x))
+    close = lambda values: jax.extend.core.ClosedJaxpr(jaxpr.jaxpr, values)
+    return lambda values, z: jax.extend.core.jaxpr_as_fun(close(values))(z)[0], jaxpr.consts
 
 
 def frozen(function, x):
-    # A new function for JAX's caches: they know functions, not the values that these close over.
-    jaxpr = jax.make_jaxpr(lambda z: function(z))(lax.stop_gradient(x))
-    constants = [lax.stop_gradient(c) for c in jaxpr.consts]
-    return lambda z: jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr.jaxpr, constants))(z)[0]
+    pure, values = closed(function, x)
+    return partial(pure, [lax.stop_gradient(value) for value in values])
 
 
 def jacobian(function, x):
@@ -39,25 +46,18 @@ def pullback(function, x):
     return lambda v: back(v)[0]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _increment(solve, r, frozen):
-    return jnp.zeros_like(r) + zero(r.dtype, r, *frozen)
-
-
-@_increment.defjvp
-def _(solve, primals, tangents):
-    r, frozen = primals
-    constants = [lax.stop_gradient(x) for x in frozen]
-    apply = lambda transposed: lambda _, t: solve(t, transposed, *constants)
+def _incremented(solve, live, increment, inputs, tangents):
+    _, *frozen = inputs
+    apply = lambda transposed: lambda _, t: solve(t, transposed, *frozen)
     # As one linear map: taken apart, each branch and loop of it would keep copies of the matrices. The first
     # function would be its inverse, which is needed for derivatives in the constants alone.
-    tangent = lax.custom_linear_solve(lambda t: t, tangents[0], apply(False), apply(True))
-    return _increment(solve, r, frozen), tangent
+    return lax.custom_linear_solve(lambda t: t, *tangents, apply(False), apply(True))
 
 
 def increment(solve, r, *frozen):
     r, *frozen = alike([r, *frozen])
-    return _increment(solve, r, frozen)
+    nothing = jnp.zeros_like(r) + zero(r.dtype, r, *frozen)
+    return with_tangent(partial(_incremented, solve), nothing, r, *map(lax.stop_gradient, frozen))
 
 
 def recorded_at(function, x):

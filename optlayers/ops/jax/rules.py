@@ -11,6 +11,8 @@ from jax import lax
 
 from .. import NO_SECOND_DERIVATIVE
 from .context import alike, is_manual, steady, zero
+from .linear import closed
+from .tangent import with_tangent
 
 
 def leaf(solve, inputs):
@@ -75,40 +77,46 @@ def implied(residual, solve, root, order):
             root = root - solve(residual(root))
         return root
 
-    def solve_tangent(tangent, r):
-        inverse = lambda r: jax.jvp(solve, (jnp.zeros_like(r),), (r,))[1]
-        transposed = lambda _, r: jax.linear_transpose(inverse, r)(r)[0]
-        return lax.custom_linear_solve(tangent, r, lambda _, r: inverse(r), transposed)
-
-    return lax.custom_root(residual, root, lambda _, root: root, solve_tangent)
+    residual, theta = closed(residual, root)
+    solve, frozen = closed(solve, root)
+    rule = partial(_implied, residual, solve, len(theta))
+    return with_tangent(rule, root, *theta, *map(lax.stop_gradient, frozen))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _implied(residual, solve, count, live, root, inputs, tangents):
+    theta, frozen = inputs[:count], inputs[count:]
+
+    def moved(*values):
+        parts = dict(enumerate(theta)) | dict(zip(live, values, strict=True))
+        return residual([*parts.values()], root)
+
+    r = jax.jvp(moved, [theta[i] for i in live], tangents)[1]
+    inverse = lambda r: jax.jvp(lambda r: solve(frozen, r), (jnp.zeros_like(r),), (r,))[1]
+    transposed = lambda _, r: jax.linear_transpose(inverse, r)(r)[0]
+    matrix = jax.linearize(lambda z: residual(theta, z), root)[1]
+    return lax.custom_linear_solve(matrix, -r, lambda _, r: inverse(r), transposed)
+
+
 def _one(x, order, message):
     """The number one, formally a function of x, whose derivatives exist up to `order`."""
-    return jnp.ones((), x.dtype) + zero(x.dtype, x)
+    return with_tangent(partial(_none, order, message), jnp.ones((), x.dtype) + zero(x.dtype, x), x)
 
 
-@_one.defjvp
-def _(order, message, primals, tangents):
+def _none(order, message, live, one, inputs, tangents):
     if order == 0:
         raise NotImplementedError(message)
     # Selected, not multiplied by zero: a tangent that is not finite must not reach the rest of the batch.
-    nothing = jnp.sum(jnp.where(False, tangents[0], 0)) * _one(primals[0], order - 1, message)
-    return _one(primals[0], order, message), nothing
+    return jnp.sum(jnp.where(False, tangents[0], 0)) * _one(inputs[0], order - 1, message)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def guard(x, order, message):
-    return x
-
-
-@guard.defjvp
-def _(order, message, primals, tangents):
+def _guarded(order, message, live, x, inputs, tangents):
     if order == 0:
         raise NotImplementedError(message)
-    (x,), (tangent,) = primals, tangents
-    return guard(x, order, message), tangent * _one(x, order - 1, message)
+    return tangents[0] * _one(x, order - 1, message)
+
+
+def guard(x, order, message):
+    return with_tangent(partial(_guarded, order, message), x, x)
 
 
 def surrogate_gradient(values, inputs, backward):
