@@ -14,7 +14,7 @@ from jax import Array
 from ..docstring import continues
 from ..layers.approximate import LPGD, Smoothed
 from ..layers.conic import ConicLayer, point_of
-from ..layers.cvxpy import CvxpyProgram, Solution, faults
+from ..layers.cvxpy import CvxpyProgram, Solution
 from ..ops import jax as ops
 from ..status import SolveError
 from .arguments import common
@@ -102,7 +102,7 @@ class CvxpyLayer:
             return run_checked(self._compiled, program.layer(solver_args), values, warm, like)
         except SolveError as error:
             if not any(isinstance(value, jax.core.Tracer) for value in values):
-                for fault in faults([np.asarray(value) for value in values], program.parameters):
+                for fault in program.faults([np.asarray(value) for value in values]):
                     error.add_note(fault)
             raise
 

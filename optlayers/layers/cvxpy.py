@@ -173,17 +173,6 @@ def _of_declared_sign(ops: Ops, value: Array, parameter: Any) -> Array:
     return ops.where(declared[1] * value >= -SIGN_TOLERANCE, value, ops.nan)
 
 
-def faults(values: Sequence[np.ndarray], parameters: Sequence[Any]) -> Iterator[str]:
-    """What makes values of parameters unusable, a sentence for each parameter that has such."""
-    for value, parameter in zip(values, parameters, strict=True):
-        declared = _declared(parameter)
-        if not np.isfinite(value).all():
-            yield f"parameter {name(parameter)} contains NaN or infinity"
-        elif declared and (declared[1] * value < -SIGN_TOLERANCE).any():
-            worst = declared[1] * (declared[1] * value).min()
-            yield f"parameter {name(parameter)} was declared with {declared[0]}=True, but contains {worst:g}"
-
-
 class Solution(NamedTuple):
     """Result of `CvxpyLayer.solve`; every field has the batch axes of the parameters in front.
 
@@ -378,6 +367,19 @@ class CvxpyProgram:
             for values, places in zip((P, A), self.pattern, strict=True)
         )
         return layer(ops, P, A, (q, b, l, u), [z[None] if z.ndim == 1 else z for z in warm])
+
+    def faults(self, values: Sequence[np.ndarray]) -> Iterator[str]:
+        """What makes values of the parameters unusable, a sentence for each parameter that has such."""
+        in_logarithms = {block.parameter for block in self.program.blocks if block.part == "log"}
+        for i, (value, parameter) in enumerate(zip(values, self.parameters, strict=True)):
+            label, declared = f"parameter {name(parameter)}", _declared(parameter)
+            if not np.isfinite(value).all():
+                yield f"{label} contains NaN or infinity"
+            elif declared and (declared[1] * value < -SIGN_TOLERANCE).any():
+                worst = declared[1] * (declared[1] * value).min()
+                yield f"{label} was declared with {declared[0]}=True, but contains {worst:g}"
+            elif i in in_logarithms and (value <= 0).any():
+                yield f"{label} contains {value.min():g}, of which there is no logarithm"
 
     def headline(self) -> str:
         """Sizes of the problem in one line."""

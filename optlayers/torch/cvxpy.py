@@ -12,7 +12,7 @@ from torch import Tensor
 from ..docstring import continues
 from ..layers.approximate import LPGD, Smoothed
 from ..layers.conic import point_of
-from ..layers.cvxpy import CvxpyProgram, Solution, faults
+from ..layers.cvxpy import CvxpyProgram, Solution
 from ..ops import torch as ops
 from ..ops.torch import host
 from ..ops.torch.context import outside
@@ -129,7 +129,7 @@ class CvxpyLayer(torch.nn.Module):
                 return self._compiled.solve(plain, layer, whole, params, *(more or ((),)), like)
             return plain(params)
         except SolveError as error:
-            find = lambda *values: [*faults([x.numpy(force=True) for x in values], program.parameters)]
+            find = lambda *values: [*program.faults([x.numpy(force=True) for x in values])]
             for fault in outside(find, *params):
                 error.add_note(fault)
             raise

@@ -109,6 +109,14 @@ def test_value_of_a_sign_that_was_excluded(frontend, attribute, sign):
     np.testing.assert_allclose(frontend.numpy(solution.variables[0]), [[0.5, 0.5], [np.nan] * 2], rtol=1e-8)
 
 
+def test_parameter_without_logarithm(frontend):
+    x, price = cp.Variable(pos=True), cp.Parameter(pos=True, name="price")
+    layer = frontend.CvxpyLayer(cp.Problem(cp.Minimize(x + price / x)), [price], [x], gp=True)
+    with pytest.raises(SolveError) as error:
+        layer(frontend.array([2.0, 0.0]))
+    assert error.value.__notes__ == ["parameter price () contains 0, of which there is no logarithm"]
+
+
 @pytest.mark.slow_to_compile
 def test_zero_in_a_geometric_program_has_no_gradient(frontend):
     """min x + a / x has the solution sqrt(a)."""
