@@ -109,7 +109,10 @@ class CvxpyLayer:
     @functools.cached_property
     def _compiled(self):
         def solve(layer: ConicLayer, values, warm, like) -> Solution:
-            return self._program.solve(ops, layer, values, warm, like)
+            solution = self._program.solve(ops, layer, values, warm, like)
+            # Else XLA computes at compile time what becomes of a constant cotangent, by an interpreter.
+            variables = jax.tree.map(jax.lax.optimization_barrier, solution.variables)
+            return solution._replace(variables=variables)
 
         return jax.jit(solve, static_argnums=0)
 
