@@ -35,13 +35,18 @@ def _vmap_in_scan(call):
     return lax.scan(step, 0, call.thetas)[1]
 
 
-def _gradient_through_scan(call):
-    def total(thetas):
-        return lax.scan(lambda sum, theta: (sum + call.loss(theta), None), jnp.zeros((), call.dtype), thetas)[
-            0
-        ]
+def _total(call):
+    """The loss summed over both sets of values by a scan."""
+    add = lambda total, theta: (total + call.loss(theta), None)
+    return lambda thetas: lax.scan(add, jnp.zeros((), call.dtype), thetas)[0]
 
-    return jax.grad(total)(call.thetas)
+
+def _gradient_through_scan(call):
+    return jax.grad(_total(call))(call.thetas)
+
+
+def _hessian_through_scan(call):
+    return jnp.einsum("ijik->ijk", jax.hessian(_total(call))(call.thetas))
 
 
 def _checkpoint(call):
@@ -102,6 +107,7 @@ JAX = COMMON | {
     "linearize": Transform("jacobian", _linearize),
     "vmap in scan": Transform("values", _vmap_in_scan),
     "grad of scan": Transform("gradients", _gradient_through_scan),
+    "hessian of scan": Transform("hessians", _hessian_through_scan),
     "checkpoint": Transform("gradient", _checkpoint),
     "debug_nans": Transform("gradient", _debug_nans, traced=False),
     "x64 off": Transform("gradient", _without_x64, tolerance=1e-4, traced=False),

@@ -126,6 +126,12 @@ def test_code_is_run_unless_marked(page):
     assert all(language in LANGUAGES or language.startswith("{") for language in opened), opened
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT / "docs")))
+def test_no_section_comes_twice(page):
+    headings = re.findall(r"^##+ .*$", page.read_text(encoding="utf-8"), re.M)
+    assert len(headings) == len(set(headings)), headings
+
+
 def test_what_is_imported_can_be_installed():
     """What pages, examples and tests import, a dependency or an extra names: it does not just come along."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
