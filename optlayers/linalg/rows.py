@@ -49,6 +49,17 @@ def linearize(ops: Ops, cones: Cones, bounds: tuple[Array, Array], v: Array) -> 
     return Linearization(free, ops.cast(below, v), curved.linearize(ops, cones, v[:, k:]))
 
 
+def inward(ops: Ops, bounds: tuple[Array, Array], v: Array) -> Array:
+    """A step of v (B, m) that frees the rows at a bound with no multiplier, up to rounding; else zero.
+
+    The opposite step makes them active. Beside those, D is the same at v and behind either step.
+    """
+    head, rest = (v[:, : bounds[0].shape[-1]], v[:, bounds[0].shape[-1] :])
+    rounding = 100 * ops.eps(v) * (1 + abs(head))
+    near = [ops.cast(abs(head - bound) <= rounding, v) for bound in bounds]
+    return ops.concat([2 * rounding * (near[0] - near[1]), 0 * rest], -1)
+
+
 def shapes(cones: Cones, batch: int, k: int) -> list[tuple[tuple[int, ...], str]]:
     """Shapes and kinds of the arrays of `flatten(linearize(...))`."""
     return [((batch, k), "float")] * 2 + curved.linearization_shapes(cones, batch)
@@ -115,7 +126,7 @@ def unboundedness(
     inside = _clip(ops, s[:, :k], (low, high))
     if not cones.rows:
         return least, outside, inside
-    # Projected together, as a projection takes long to compile.
-    both = curved.project(ops, cones, ops.concat([-y[:, k:], s[:, k:]], 0))
-    batch = y.shape[0]
-    return least, ops.concat([outside, both[:batch]], -1), ops.concat([inside, both[batch:]], -1)
+    # Projected together, as a projection takes long to compile, and side by side: the batch may be sharded.
+    pairs = ops.stack([-y[:, k:], s[:, k:]], 1)
+    both = ops.reshape(curved.project(ops, cones, ops.reshape(pairs, (-1, cones.rows))), pairs.shape)
+    return least, ops.concat([outside, both[:, 0]], -1), ops.concat([inside, both[:, 1]], -1)

@@ -18,7 +18,7 @@ from ..cones import Cones
 from ..ops import Array, Ops, select
 from .kkt import Factor, Problem, apply, factorize, inverse, solve_refined
 from .products import constraints, hessian, norm
-from .rows import spectral
+from .rows import inward, spectral
 
 # Power of the rounding unit: M J M amplifies rounding by 1 / e twice, and its bias is of order e^3. With
 # 1 / 3 derivatives of the multipliers of redundant rows had three times the rounding.
@@ -37,30 +37,46 @@ def prepare(
 ) -> tuple[Factor, Regularity, Array]:
     """A factor at v fit for `solve_sensitivity`, made anew only where `factor` is not.
 
+    Rows at a bound without multiplier are open: x is unique if it is so where they are free, the multipliers
+    if they are so where they are held. The derivative is that with them held, or free if x is not unique.
+
     Returns:
         The factor; the regularity; and whether one step of refinement is too few (B,).
     """
     regularized = lambda power: ops.full((v.shape[0], 1), ops.eps(v) ** power, v)
 
-    def mend(lanes, e, factor):
+    def mend(lanes, v, e, factor):
         refactor = lambda old: select(ops, lanes, factorize(ops, cones, problem, v, e), old)
         return ops.cond(ops.any(lanes), refactor, lambda old: old, factor)
 
     def attempt(carry):
-        k, errors, _, factor, most, e = carry
-        factor = mend(failed(errors) & ~(factor.e <= most)[:, 0], e, factor)
-        return k + 1, *_probe(ops, cones, problem, factor), factor, least, least
+        k, errors, was_rough, factor, most, e = carry
+        freed, held = is_open & (k == 2), is_open & (k == 3)
+        moved = freed | held
+        lanes = moved | (failed(errors) & ~(factor.e <= most)[:, 0])
+        at = ops.where(freed[:, None], v + step, ops.where(held[:, None], v - step, v))
+        factor = mend(lanes, at, ops.where(moved[:, None], factor.e, e), factor)
+        found, is_rough = _probe(ops, cones, problem, factor)
+        worse = tuple(map(ops.maximum, errors, found)), was_rough | is_rough
+        return k + 1, *select(ops, moved, worse, (found, is_rough)), factor, least, least
 
     # A Newton step from far out leaves more regularisation than is good for a derivative, and the usual one
-    # is too much for what is close to singular, as the entropy of sums of 1e5 is.
+    # is too much for what is close to singular, as the entropy of sums of 1e5 is. Then the open rows are
+    # freed, and at last held.
     failed = lambda errors: ~(ops.maximum(*errors) < 1e-3)
     singular, usual, least = map(regularized, (SINGULAR_REGULARIZATION, 0.5, 0.7))
+    step = inward(ops, problem.bounds, v)
+    is_open = ops.any(step != 0, -1)
     unknown = ops.inf + 0 * v[:, 0]
     first = 0, (unknown, unknown), unknown > 0, factor, singular, usual
-    unfinished = lambda carry: (carry[0] < 2) & ops.any(failed(carry[1]))
+    unfinished = lambda carry: (
+        ((carry[0] < 2) & ops.any(failed(carry[1]))) | ((carry[0] < 4) & ops.any(is_open))
+    )
     _, errors, is_rough, factor, _, _ = ops.while_loop(unfinished, attempt, first)
-    factor = mend(failed(errors), singular, factor)
-    return factor, Regularity(*(error < 1e-3 for error in errors)), is_rough
+    regularity = Regularity(*(error < 1e-3 for error in errors))
+    chosen = v + ops.where(regularity.x[:, None], -step, step)
+    e = ops.where(failed(errors)[:, None], singular, factor.e)
+    return mend(is_open | failed(errors), chosen, e, factor), regularity, is_rough
 
 
 def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[tuple[Array, Array], Array]:

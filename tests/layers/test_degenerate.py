@@ -295,3 +295,33 @@ def test_no_direction_hides_multipliers_that_are_not_unique(torch_frontend):
     for i in (1155, 3225):
         solution = solve(sp.eye_array(2), q, sp.csc_array(A[i]), frontend.array(b[i]), zero)
         assert solution.regularity.x and not solution.regularity.y
+
+
+def test_bounds_that_hold_without_multiplier(frontend, rng):
+    """Of an edge of solutions, or of multipliers, the solver may find an end: unique it is not.
+
+    At a kink all of what rounding makes of the multiplier has the derivative of the row that holds.
+    """
+    module, eye = frontend.module, frontend.array(np.eye(2))
+    a, inside = rng.standard_normal((80, 2)), rng.random((80, 2))
+    P, q = a[:, :, None] * a[:, None], -(a * inside).sum(-1, keepdims=True) * a
+    flat = module.solve_qp(*map(frontend.array, (P, q)), eye, *map(frontend.array, (np.zeros(2), np.ones(2))))
+    x = frontend.numpy(flat.x)
+    assert (np.minimum(x, 1 - x).min(-1) < 1e-12).sum() > 20
+    assert_close((a * x).sum(-1), (a * inside).sum(-1), 1e-8)
+    assert not frontend.numpy(flat.regularity.x).any()
+
+    angles = rng.uniform(-1, 1, (80, 3))
+    rows, q = np.stack([np.sin(angles), np.cos(angles)], -1), np.array([0.1, -1.0])
+    rows = rows[(np.sin(angles).min(-1) < -0.2) & (np.sin(angles).max(-1) > 0.2)]
+    vertex = module.solve_qp(eye, *map(frontend.array, (q, rows)), None, frontend.array(np.zeros(3)))
+    assert (np.sort(frontend.numpy(vertex.y), -1)[:, 0] < 1e-12).any()
+    assert_close(frontend.numpy(vertex.x), np.zeros((len(rows), 2)), 1e-9)
+    assert frontend.numpy(vertex.regularity.x).all() and not frontend.numpy(vertex.regularity.y).any()
+
+    def clipped(q):
+        return (module.solve_qp(eye, q, eye, None, frontend.array(np.array([1.0, 2.0]))).x,)
+
+    q = -np.array([1.0, 1.0]) - np.arange(-4, 5)[:, None] * np.array([1.1e-16, 0.0])
+    _, (gradient,) = frontend.differentiable(clipped)([q], [np.ones((9, 2))])
+    assert_close(gradient, [[0.0, -1.0]] * 9, 1e-7)
