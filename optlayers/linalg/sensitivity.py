@@ -47,20 +47,25 @@ def prepare(
         return ops.cond(ops.any(lanes), refactor, lambda old: old, factor)
 
     def attempt(carry):
-        k, errors, _, factor, most, e = carry
-        factor = mend(failed(errors) & ~(factor.e <= most)[:, 0], e, factor)
-        return k + 1, *_probe(ops, cones, problem, factor), factor, least, least
+        k, errors, is_rough, factor, most, e = carry
+        new = mend(failed(errors) & ~(factor.e <= most)[:, 0], e, factor)
+        found, rough = _probe(ops, cones, problem, new)
+        better = ops.maximum(*found) < ops.maximum(*errors)
+        best = select(ops, better, (found, rough, new), (errors, is_rough, factor))
+        return k + 1, *best, least, least
 
     # A Newton step from far out leaves more regularisation than is good for a derivative, and the usual one
-    # is too much for what is close to singular, as the entropy of sums of 1e5 is.
-    failed = lambda errors: ~(ops.maximum(*errors) < 1e-3)
+    # is too much for what is close to singular, as the entropy of sums of 1e5 is. Where it leaves an error of
+    # the fixed z0, that of the solution's derivative may be ten times as large.
+    failed = lambda errors: ~(ops.maximum(*errors) < accurate)
+    accurate = min(1e-3, ops.eps(v) ** 0.4)
     singular, usual, least = map(regularized, (SINGULAR_REGULARIZATION, 0.5, 0.7))
     unknown = ops.inf + 0 * v[:, 0]
     first = 0, (unknown, unknown), unknown > 0, factor, singular, usual
     unfinished = lambda carry: (carry[0] < 2) & ops.any(failed(carry[1]))
     _, errors, is_rough, factor, _, _ = ops.while_loop(unfinished, attempt, first)
-    factor = mend(failed(errors), singular, factor)
-    return factor, Regularity(*(error < 1e-3 for error in errors)), is_rough
+    x, y = (error < 1e-3 for error in errors)
+    return mend(~(x & y), singular, factor), Regularity(x, y), is_rough
 
 
 def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[tuple[Array, Array], Array]:
