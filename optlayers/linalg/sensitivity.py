@@ -53,30 +53,34 @@ def prepare(
         k, errors, was_rough, factor, most, e = carry
         freed, held = is_open & (k == 2), is_open & (k == 3)
         moved = freed | held
-        lanes = moved | (failed(errors) & ~(factor.e <= most)[:, 0])
+        lanes = moved | (inaccurate(errors) & ~(factor.e <= most)[:, 0])
         at = ops.where(freed[:, None], v + step, ops.where(held[:, None], v - step, v))
-        factor = mend(lanes, at, ops.where(moved[:, None], factor.e, e), factor)
-        found, is_rough = _probe(ops, cones, problem, factor)
-        worse = tuple(map(ops.maximum, errors, found)), was_rough | is_rough
-        return k + 1, *select(ops, moved, worse, (found, is_rough)), factor, least, least
+        new = mend(lanes, at, ops.where(moved[:, None], factor.e, e), factor)
+        found, is_rough = _probe(ops, cones, problem, new)
+        is_better = ops.maximum(*found) < ops.maximum(*errors)
+        better = select(ops, is_better, (found, is_rough, new), (errors, was_rough, factor))
+        worse = tuple(map(ops.maximum, errors, found)), was_rough | is_rough, factor
+        return k + 1, *select(ops, moved, worse, better), least, least
 
     # A Newton step from far out leaves more regularisation than is good for a derivative, and the usual one
-    # is too much for what is close to singular, as the entropy of sums of 1e5 is. Then the open rows are
-    # freed, and at last held.
-    failed = lambda errors: ~(ops.maximum(*errors) < 1e-3)
+    # is too much for what is close to singular, as the entropy of sums of 1e5 is. Where it leaves an error of
+    # the fixed z0, that of the solution's derivative may be ten times as large. Then the open rows are freed,
+    # and at last held.
+    inaccurate = lambda errors: ~(ops.maximum(*errors) < min(1e-3, ops.eps(v) ** 0.4))
     singular, usual, least = map(regularized, (SINGULAR_REGULARIZATION, 0.5, 0.7))
     step = inward(ops, problem.bounds, v)
     is_open = ops.any(step != 0, -1)
     unknown = ops.inf + 0 * v[:, 0]
     first = 0, (unknown, unknown), unknown > 0, factor, singular, usual
     unfinished = lambda carry: (
-        ((carry[0] < 2) & ops.any(failed(carry[1]))) | ((carry[0] < 4) & ops.any(is_open))
+        ((carry[0] < 2) & ops.any(inaccurate(carry[1]))) | ((carry[0] < 4) & ops.any(is_open))
     )
     _, errors, is_rough, factor, _, _ = ops.while_loop(unfinished, attempt, first)
     regularity = Regularity(*(error < 1e-3 for error in errors))
+    is_singular = ~(regularity.x & regularity.y)
     chosen = v + ops.where(regularity.x[:, None], -step, step)
-    e = ops.where(failed(errors)[:, None], singular, factor.e)
-    return mend(is_open | failed(errors), chosen, e, factor), regularity, is_rough
+    e = ops.where(is_singular[:, None], singular, factor.e)
+    return mend(is_open | is_singular, chosen, e, factor), regularity, is_rough
 
 
 def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[tuple[Array, Array], Array]:

@@ -282,6 +282,16 @@ def test_entropy_of_a_small_and_a_large_sum(frontend, rng, total):
     assert_close(gradient / total, -shares * (weights - (shares * weights).sum(-1, keepdims=True)), 1e-5)
 
 
+def test_logarithm_of_large_numbers(torch_frontend):
+    """x = 1 / c minimises c x - log x; for small c J comes close to singular."""
+    x, c = cp.Variable(), cp.Parameter(pos=True)
+    layer = torch_frontend.CvxpyLayer(cp.Problem(cp.Minimize(c * x - cp.log(x))), [c], [x])
+    values, one = np.array([1e-4, 1.2e-4, 1.5e-4, 1.0]), np.ones(4)
+    (solution,), (gradient,) = torch_frontend.differentiable(layer)([values], [one])
+    assert_close(solution * values, one, 1e-5)
+    assert_close(gradient * values**2, -one, 2e-5)
+
+
 def test_no_direction_hides_multipliers_that_are_not_unique(torch_frontend):
     """Of three rows in the plane one null space in a hundred is nearly normal to a random vector."""
     frontend, module = torch_frontend, torch_frontend.module
