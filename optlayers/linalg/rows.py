@@ -54,7 +54,8 @@ def inward(ops: Ops, bounds: tuple[Array, Array], v: Array) -> Array:
 
     The opposite step makes them active. Beside those, D is the same at v and behind either step.
     """
-    head, rest = (v[:, : bounds[0].shape[-1]], v[:, bounds[0].shape[-1] :])
+    k = bounds[0].shape[-1]
+    head, rest = v[:, :k], v[:, k:]
     rounding = 100 * ops.eps(v) * (1 + abs(head))
     near = [ops.cast(abs(head - bound) <= rounding, v) for bound in bounds]
     return ops.concat([2 * rounding * (near[0] - near[1]), 0 * rest], -1)

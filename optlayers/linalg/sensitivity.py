@@ -33,9 +33,11 @@ class Regularity(NamedTuple):
 
 
 def prepare(
-    ops: Ops, cones: Cones, problem: Problem, v: Array, factor: Factor
+    ops: Ops, cones: Cones, problem: Problem, v: Array, factor: Factor, usable: Array
 ) -> tuple[Factor, Regularity, Array]:
     """A factor at v fit for `solve_sensitivity`, made anew only where `factor` is not.
+
+    Problems that are not `usable` (B,) have no derivative, and nothing is done for their sake.
 
     Rows at a bound without multiplier are open: x is unique if it is so where they are free, the multipliers
     if they are so where they are held. The derivative is that with them held, or free if x is not unique.
@@ -69,18 +71,18 @@ def prepare(
     inaccurate = lambda errors: ~(ops.maximum(*errors) < min(1e-3, ops.eps(v) ** 0.4))
     singular, usual, least = map(regularized, (SINGULAR_REGULARIZATION, 0.5, 0.7))
     step = inward(ops, problem.bounds, v)
-    is_open = ops.any(step != 0, -1)
+    is_open = usable & ops.any(step != 0, -1)
     unknown = ops.inf + 0 * v[:, 0]
     first = 0, (unknown, unknown), unknown > 0, factor, singular, usual
     unfinished = lambda carry: (
-        ((carry[0] < 2) & ops.any(inaccurate(carry[1]))) | ((carry[0] < 4) & ops.any(is_open))
+        ((carry[0] < 2) & ops.any(usable & inaccurate(carry[1]))) | ((carry[0] < 4) & ops.any(is_open))
     )
     _, errors, is_rough, factor, _, _ = ops.while_loop(unfinished, attempt, first)
     regularity = Regularity(*(error < 1e-3 for error in errors))
-    is_singular = ~(regularity.x & regularity.y)
+    is_singular = usable & ~(regularity.x & regularity.y)
     chosen = v + ops.where(regularity.x[:, None], -step, step)
     e = ops.where(is_singular[:, None], singular, factor.e)
-    return mend(is_open | is_singular, chosen, e, factor), regularity, is_rough
+    return mend(is_open | is_singular, chosen, e, factor), regularity, usable & is_rough
 
 
 def _probe(ops: Ops, cones: Cones, problem: Problem, factor: Factor) -> tuple[tuple[Array, Array], Array]:

@@ -24,7 +24,7 @@ import scipy.sparse as sp
 
 from ..cones import Cones
 from ..linalg.kkt import Problem
-from ..linalg.rows import Linearization, flatten, linearize, project, shapes, unflatten
+from ..linalg.rows import Linearization, flatten, inward, linearize, project, shapes, unflatten
 from ..linalg.sparse import (
     HOST,
     REGULARIZATION,
@@ -147,11 +147,15 @@ class SparseSolve:
             lane_solve = _LaneSolve(self, given, _scaled_problem(P, q, A, b, l, u, scaling), scaling)
             reason = self._fault(finite, P, l, u)
             best, status, iterations = lane_solve.run(warm) if reason is None else lane_solve.refuse(reason)
-            linearization = lane_solve.linearize(best.v)
-            regular = True, True
+            # As `sensitivity.prepare`: rows at a bound without multiplier are held, or free if x needs it.
+            step = inward(HOST, lane_solve.problem.bounds, best.v)
+            linearization, freed = (lane_solve.linearize(best.v + z) for z in (-step, step))
+            x_unique = y_unique = True
             if is_usable(status[0]):
-                regular = self._factor(P, A, linearization, False, best.factor).regularity()
-        scalars = [best.residual[0], iterations[0], *regular, status[0]]
+                x_unique, y_unique = self._factor(P, A, linearization, False, best.factor).regularity()
+                if step.any() and not self._factor(P, A, freed, False, best.factor).regularity()[0]:
+                    x_unique, linearization = False, freed
+        scalars = [best.residual[0], iterations[0], x_unique, y_unique, status[0]]
         scalars = [np.array(z, float) for z in scalars]
         return [best.x[0], best.v[0], *scalars, *(z[0] for z in (*scaling, *flatten(linearization)))]
 

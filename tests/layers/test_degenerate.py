@@ -335,3 +335,21 @@ def test_bounds_that_hold_without_multiplier(frontend, rng):
     q = -np.array([1.0, 1.0]) - np.arange(-4, 5)[:, None] * np.array([1.1e-16, 0.0])
     _, (gradient,) = frontend.differentiable(clipped)([q], [np.ones((9, 2))])
     assert_close(gradient, [[0.0, -1.0]] * 9, 1e-7)
+
+
+def test_sparse_bounds_that_hold_without_multiplier(torch_frontend):
+    """As above; the solver is started at an end of the edge x_0 + x_1 = 1.5 of a square, and stays there."""
+    frontend, solve = torch_frontend, torch_frontend.module.solve_qp
+    eye, zeros, ones, end = sp.eye_array(2), *map(frontend.array, (np.zeros(2), np.ones(2), [1.0, 0.5]))
+    data = sp.csc_array(np.ones((2, 2))), frontend.array([-1.5, -1.5]), eye, zeros, ones
+    start = solve(*data)._replace(x=end, s=end, y=zeros)
+    solution = solve(*data, warm_start=start)
+    assert_close(frontend.numpy(solution.x), [1.0, 0.5], 1e-12)
+    assert not solution.regularity.x and solution.regularity.y
+
+    def clipped(q):
+        return (solve(eye, q, eye, None, frontend.array(np.array([1.0, 2.0]))).x,)
+
+    for k in range(-4, 5):
+        _, (gradient,) = frontend.differentiable(clipped)([np.array([-1 - k * 1.1e-16, -1.0])], [np.ones(2)])
+        assert_close(gradient, [0.0, -1.0], 1e-7)

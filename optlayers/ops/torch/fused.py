@@ -213,9 +213,8 @@ def _kernel(
     F1, F2 = _times(P, dx) + _transposed_times(A, ds - dv), _times(A, dx) + ds
     back_x, back_v = _solve_refined(P, A, inverse, T, free, F1, F2)
     irregular = tl.maximum(_largest(back_x + dx), _largest((1 - free) * (back_v + dv)))
-    rounding = (
-        100 * e * e * (1 + tl.abs(v))
-    )  # rows at a bound without multiplier: `optlayers.linalg.rows.inward`
+    # Rows at a bound without multiplier: `optlayers.linalg.rows.inward`.
+    rounding = 100 * e * e * (1 + tl.abs(v))
     is_open = (tl.abs(v - l) <= rounding) != (tl.abs(v - u) <= rounding)
     closed = tl.max(tl.where(is_open, 1, 0)) == 0
     ordered = tl.min(tl.where(l <= u, 1, 0)) > 0
